@@ -1,0 +1,52 @@
+"""A tiered tensor store for PyTorch: run any model inside a byte budget for each tier."""
+
+from tierstore.backend import Backend, MappedBackend, MemoryBackend
+from tierstore.errors import (
+    BackendError,
+    BudgetError,
+    ClosedError,
+    CorruptionError,
+    MissingKeyError,
+    ModelError,
+    SizeError,
+    TierStoreError,
+    UnsupportedTensorError,
+)
+from tierstore.policy import LRU, Policy
+from tierstore.registry import backend_class, backend_names, open_backend
+from tierstore.session import Tiered, tiered
+from tierstore.sizes import format_size, parse_size
+from tierstore.spec import TensorSpec
+from tierstore.stats import LinkStats, Stats, TierStats
+from tierstore.store import TieredStore
+from tierstore.tier import Tier
+
+__all__ = [
+    "LRU",
+    "Backend",
+    "BackendError",
+    "BudgetError",
+    "ClosedError",
+    "CorruptionError",
+    "LinkStats",
+    "MappedBackend",
+    "MemoryBackend",
+    "MissingKeyError",
+    "ModelError",
+    "Policy",
+    "SizeError",
+    "Stats",
+    "TensorSpec",
+    "Tier",
+    "TierStats",
+    "TierStoreError",
+    "Tiered",
+    "TieredStore",
+    "UnsupportedTensorError",
+    "backend_class",
+    "backend_names",
+    "format_size",
+    "open_backend",
+    "parse_size",
+    "tiered",
+]

@@ -1,0 +1,28 @@
+"""Which device computes."""
+
+from __future__ import annotations
+
+import torch
+
+from tierstore.errors import BackendError
+
+
+def working_accelerator() -> torch.device | None:
+    """Return the accelerator if it can allocate; a CUDA build on a machine without a GPU names one that cannot."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return None
+    try:
+        torch.empty(1, device=accelerator)
+    except (RuntimeError, AssertionError):
+        return None
+    return accelerator
+
+
+def compute_device(device: str | torch.device | None) -> torch.device:
+    """Return `device` with an index if it has several, after checking that it allocates; by default the accelerator, else the CPU."""
+    chosen = torch.device(device) if device is not None else working_accelerator() or torch.device("cpu")
+    try:
+        return torch.empty(1, device=chosen).device
+    except (RuntimeError, AssertionError) as error:
+        raise BackendError(f'device {chosen} cannot be used here: {error}; give device="cpu" or a device that works') from error

@@ -1,0 +1,40 @@
+"""One managed tensor: where its copies are and whether they may move."""
+
+from __future__ import annotations
+
+import torch
+
+from tierstore.spec import TensorSpec
+
+
+class Entry:
+    """The bytes of one key. All fields are read and changed under the store's lock only.
+
+    `tiers`: levels (0 is the fastest) that hold a copy equal to the newest value.
+    `leases`: how many holders forbid that the copy in level 0 leaves.
+    `busy`: one thread is copying or replacing this entry; others wait for it, and it waits for nobody.
+    `version`: counts changes of the value.
+    `tensor`: the live tensor in level 0, while it is resident there and the tier is memory.
+    `derived`: what a user of the store built over `tensor`; forgotten together with it.
+    """
+
+    __slots__ = ("busy", "derived", "key", "leases", "nbytes", "spec", "tensor", "tiers", "version")
+
+    def __init__(self, key: str, spec: TensorSpec) -> None:
+        self.key = key
+        self.tiers: set[int] = set()
+        self.leases = 0
+        self.busy = False
+        self.version = 0
+        self.tensor: torch.Tensor | None = None
+        self.derived: object = None
+        self.describe(spec)
+
+    def describe(self, spec: TensorSpec) -> None:
+        """Take over the spec of a new value."""
+        self.spec = spec
+        self.nbytes = spec.nbytes
+
+    @property
+    def resident(self) -> bool:
+        return 0 in self.tiers

@@ -1,0 +1,61 @@
+"""The errors of tierstore: one tree, each with the builtin parent that callers already catch."""
+
+from __future__ import annotations
+
+
+class TierStoreError(Exception):
+    """Anything that tierstore refuses or cannot do."""
+
+
+class SizeError(TierStoreError, ValueError):
+    """A byte size that does not parse."""
+
+
+class MissingKeyError(TierStoreError, KeyError):
+    """A key that the store does not hold."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class ClosedError(TierStoreError, ValueError):
+    """A store or session that has been closed."""
+
+
+class BackendError(TierStoreError, RuntimeError):
+    """A backend that cannot be opened, found or used."""
+
+
+class UnsupportedTensorError(TierStoreError, TypeError):
+    """A tensor, or an operation on one, that the store cannot honour."""
+
+
+class ModelError(TierStoreError, ValueError):
+    """A model that cannot be placed under `tiered`."""
+
+
+class BudgetError(TierStoreError, MemoryError):
+    """One operation needs more bytes in a tier than its budget allows.
+
+    `required_bytes` is what the operation needs at once, `budget_bytes` what `tier` may hold.
+    """
+
+    def __init__(self, operation: str, *, tier: str, required_bytes: int, budget_bytes: int, hint: str = "") -> None:
+        self.operation = operation
+        self.tier = tier
+        self.required_bytes = required_bytes
+        self.budget_bytes = budget_bytes
+        way_out = hint or f"raise the budget of {tier!r} to at least {required_bytes} bytes"
+        super().__init__(
+            f"{operation} needs {required_bytes} bytes at once in tier {tier!r}, whose budget is {budget_bytes} bytes; {way_out}"
+        )
+
+
+class CorruptionError(TierStoreError, OSError):
+    """Stored bytes that are missing or do not match their description."""
+
+    def __init__(self, key: str, file: str, reason: str) -> None:
+        self.key = key
+        self.file = file
+        self.reason = reason
+        super().__init__(f"stored value of {key!r} is damaged ({reason}) in {file}; delete the entry or restore the file")

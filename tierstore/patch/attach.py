@@ -1,0 +1,376 @@
+"""Puts a model's tensors under a store, and takes them out again."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
+from torch.utils.hooks import RemovableHandle
+
+from tierstore.backend import MappedBackend
+from tierstore.entry import Entry
+from tierstore.errors import BudgetError, TierStoreError
+from tierstore.patch.regions import Binding, Region, check_model, find_regions, named_tensors
+from tierstore.patch.scope import install_scope, remove_scope
+from tierstore.patch.source import EntrySource, Host, Source, typed_part
+from tierstore.patch.swap import replace_content
+from tierstore.patch.tensor import TieredTensor, tiered_class
+from tierstore.patch.wrapper import Wrapper
+from tierstore.residency import Residency
+from tierstore.spec import TensorSpec, raw_bytes, typed_view
+from tierstore.store import TieredStore
+
+Progress = Callable[[Iterable[Region]], Iterable[Region]]
+
+
+class Attachment(Host):
+    """The tie between models and one store, from `attach` to `detach`.
+
+    Where everything fits into the fast tier the tensors stay plain and are only counted ("held"): no wrapper, no scope, no
+    cost. `headroom` is the largest number of bytes that one operation has needed or may need at once.
+    """
+
+    def __init__(self, store: TieredStore, device: torch.device) -> None:
+        self.store = store
+        self.device = device
+        self.headroom = 0
+        self.roots: dict[str, torch.nn.Module] = {}
+        self._regions: list[Region] = []
+        self._held: dict[Region, Entry] = {}
+        self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._sources: weakref.WeakSet[EntrySource] = weakref.WeakSet()
+        self._bound: set[int] = set()
+        self._handles: list[RemovableHandle] = []
+        self._unused_keys: deque[str] = deque()
+        self._unreleased: deque[tuple[list[Entry], int]] = deque()
+
+    @property
+    def moves(self) -> Residency:
+        return self.store.moves
+
+    # -- in -----------------------------------------------------------------------------------------------------
+
+    def attach(self, roots: Mapping[str, torch.nn.Module], progress: Progress = iter) -> None:
+        """Move every tensor of `roots` under the store; on failure the models are as they were."""
+        check_model(roots)
+        regions = find_regions(named_tensors(roots))
+        self._check_room(regions)
+        self.roots = dict(roots)
+        try:
+            self._take(regions, roots.values(), progress)
+        except BaseException:
+            self.detach()
+            raise
+        self._handles = [
+            register_module_module_registration_hook(self._module_added),
+            register_module_parameter_registration_hook(self._parameter_added),
+        ]
+
+    def _check_room(self, regions: list[Region]) -> None:
+        """Raise `BudgetError` before anything moves if one tensor, or all of them, can never fit."""
+        budget = self.moves.tiers[0].ledger.budget
+        if budget is not None:
+            largest = max(regions, key=lambda region: region.spec.nbytes, default=None)
+            if largest is not None and largest.spec.nbytes > budget:
+                raise BudgetError(f"any operation on {largest.name!r}", tier=self.moves.tiers[0].name, required_bytes=largest.spec.nbytes, budget_bytes=budget)
+        budgets = [tier.ledger.budget for tier in self.moves.tiers]
+        total = sum(region.spec.nbytes for region in regions)
+        if None not in budgets and total > (room := sum(b for b in budgets if b is not None)):
+            names = "+".join(tier.name for tier in self.moves.tiers)
+            raise BudgetError("the model", tier=names, required_bytes=total, budget_bytes=room, hint="raise a budget, or add disk=PATH")
+
+    def _take(self, regions: list[Region], modules: Iterable[torch.nn.Module], progress: Progress) -> None:
+        budget = self.moves.tiers[0].ledger.budget
+        total = sum(region.spec.nbytes for region in (*self._regions, *regions))
+        held = not self._regions or bool(self._held)
+        held = held and (budget is None or total <= budget)
+        self._regions += regions
+        self._bound.update(id(binding.tensor) for region in regions for binding in region.bindings)
+        if not held:
+            self._raise_headroom(regions)
+            self.release_all_held()
+        for region in progress(regions):
+            if held:
+                self._hold(region)
+            else:
+                self._tier(region)
+        for root in modules:
+            for module in root.modules():
+                self._modules.add(module)
+                if not held:
+                    install_scope(module, self)
+
+    def _raise_headroom(self, regions: list[Region]) -> None:
+        owned: dict[str, int] = {}
+        for region in (*self._held, *regions):
+            for owner in {name.rpartition(".")[0] for binding in region.bindings for name in binding.names}:
+                owned[owner] = owned.get(owner, 0) + region.spec.nbytes
+        self.headroom = max(self.headroom, *owned.values()) if owned else self.headroom
+
+    def _tier(self, region: Region) -> None:
+        """Copy a region into the store and put TieredTensors in the place of its tensors."""
+        assert region.base is not None
+        source = self.adopt(region.name, region.base)
+        region.base = None
+        for binding in region.bindings:
+            self._wrap(binding, source)
+
+    def _wrap(self, binding: Binding, source: EntrySource) -> None:
+        tensor = binding.tensor
+        wrapper = tiered_class(binding.kind).wrap(source, self.device, binding.geometry, requires_grad=tensor.requires_grad)
+        replace_content(tensor, wrapper)
+
+    def _hold(self, region: Region) -> None:
+        """Keep a region plain and resident for good, on the compute device, counted in the fast tier."""
+        assert region.base is not None
+        base = region.base
+        tier = self.moves.tiers[0]
+        with torch.inference_mode(False), torch.no_grad():
+            if base.device != self.device:
+                base = typed_view(raw_bytes(base).to(self.device), region.spec)
+                for binding in region.bindings:
+                    _move_plain(binding.tensor, typed_part(base, binding.geometry.spec, binding.geometry.offset))
+        with self.moves.lock:
+            entry = Entry(self._free_key(region.name), region.spec)
+            assert tier.ledger.reserve(entry.nbytes), "held tensors were checked to fit"
+            tier.backend.adopt(entry.key, base)  # type: ignore[attr-defined]
+            self.moves.entries[entry.key] = entry
+            self.moves.added(entry, 0)
+            self.moves.hold(entry)
+        region.base = None
+        self._held[region] = entry
+
+    def release_all_held(self) -> None:
+        """Turn held regions into tiered ones: not everything fits any more."""
+        for region, entry in list(self._held.items()):
+            del self._held[region]
+            source = EntrySource(self, entry)
+            self._sources.add(source)
+            for binding in region.bindings:
+                self._wrap(binding, source)
+            with self.moves.lock:
+                self.moves.unhold(entry)
+        for module in self._modules:
+            install_scope(module, self)
+
+    @property
+    def holds_all(self) -> bool:
+        return bool(self._held)
+
+    # -- while attached -----------------------------------------------------------------------------------------
+
+    def adopt(self, name: str, tensor: torch.Tensor) -> EntrySource:
+        self._sweep()
+        with self.moves.lock:
+            key = self._free_key(name)
+        with torch.inference_mode(False), torch.no_grad():
+            self.store.fill(key, tensor)
+        with self.moves.lock:
+            source = EntrySource(self, self.moves.entry(key))
+        self._sources.add(source)
+        return source
+
+    def _free_key(self, name: str) -> str:
+        key, number = name, 1
+        while key in self.moves.entries:
+            number += 1
+            key = f"{name}#{number}"
+        return key
+
+    def copy_out(self, source: Source) -> torch.Tensor:
+        mapped = self._mapped(source)
+        if mapped is not None:
+            return mapped
+        entries = list(source.entries())
+        with self.moves.lock:
+            self.moves.acquire(entries, "reading")
+        try:
+            plain = source.read()
+            with torch.inference_mode(False), torch.no_grad():
+                return typed_view(raw_bytes(plain).clone(), TensorSpec.of(plain))
+        finally:
+            with self.moves.lock:
+                self.moves.release(entries)
+
+    def _mapped(self, source: Source) -> torch.Tensor | None:
+        """Return a private map of the value where a file holds it: takes no memory, so a whole state dict can be saved."""
+        if self.device.type != "cpu" or not isinstance(source, EntrySource) or source.settled is not None:
+            return None
+        entry = source.entry
+        with self.moves.lock:
+            self.moves.wait_until_idle(entry)
+            for level in sorted(entry.tiers):
+                if isinstance(self.moves.tiers[level].backend, MappedBackend):
+                    return self.moves.tiers[level].backend.get(entry.key)
+        return None
+
+    def forget(self, key: str) -> None:
+        self._unused_keys.append(key)
+
+    def release_later(self, entries: list[Entry], owner: int) -> None:
+        self._unreleased.append((entries, owner))
+
+    def worked_on(self, nbytes: int) -> None:
+        if nbytes > self.headroom:
+            self.headroom = nbytes
+        if self._unused_keys or self._unreleased:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Do what finalisers asked for; they may not take the lock themselves."""
+        while self._unreleased:
+            entries, owner = self._unreleased.popleft()
+            with self.moves.lock:
+                self.moves.release(entries, owner)
+        for _ in range(len(self._unused_keys)):
+            key = self._unused_keys.popleft()
+            if not self.moves.closed and key in self.store:
+                del self.store[key]
+
+    def _module_added(self, parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
+        """A module was put into one of ours: take its tensors too."""
+        if module is None or parent not in self._modules or all(part in self._modules for part in module.modules()):
+            return
+        new = {path: tensor for path, tensor in named_tensors({name: module}) if id(tensor) not in self._bound and not isinstance(tensor, Wrapper)}
+        check_model({name: part for part in [module] if not self._ours(part)})
+        self._take(find_regions(new.items()), [module], iter)
+
+    def _ours(self, module: torch.nn.Module) -> bool:
+        return any(isinstance(tensor, Wrapper) for _, tensor in named_tensors({"": module}))
+
+    def _parameter_added(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        """A parameter was set on one of our modules: take it too."""
+        if parameter is None or module not in self._modules or id(parameter) in self._bound:
+            return
+        if isinstance(parameter, Wrapper):
+            self._bind(parameter, name)
+        elif parameter.device.type != "meta" and not torch.nn.parameter.is_lazy(parameter):
+            self._take(find_regions([(name, parameter)]), [module], iter)
+
+    def _bind(self, wrapper: Wrapper, name: str) -> None:
+        """Remember a TieredTensor that users made from one of ours, so that it is restored as well."""
+        kind = torch.nn.Parameter if isinstance(wrapper, torch.nn.Parameter) else torch.Tensor
+        self._bound.add(id(wrapper))
+        binding = Binding(wrapper, [name], wrapper.geometry(), self.device, kind)
+        self._regions.append(Region([binding], wrapper._source.spec, None))
+
+    def tier_map(self) -> dict[str, str]:
+        """Return for each tensor name the fastest tier that holds its value."""
+        places: dict[str, str] = {}
+        for region in self._regions:
+            for binding in region.bindings:
+                for name in binding.names:
+                    places[name] = self._place(region, binding.tensor)
+        return places
+
+    def _place(self, region: Region, tensor: torch.Tensor) -> str:
+        if region in self._held or not isinstance(tensor, Wrapper):
+            return self.moves.tiers[0].name
+        entries = list(tensor._source.entries())
+        return self.store.tier_of(entries[0].key) if entries else self.moves.tiers[0].name
+
+    def keys_of(self, module: torch.nn.Module) -> list[str]:
+        """Return the keys of everything that `module` owns, itself or through submodules."""
+        entries = [entry for _, t in named_tensors({"": module}) if isinstance(t, Wrapper) for entry in t._source.entries()]
+        return list(dict.fromkeys(entry.key for entry in entries))
+
+    # -- out ----------------------------------------------------------------------------------------------------
+
+    def detach(self) -> None:
+        """Make the models plain again: same objects, devices and ties, values as last written. The store can close then.
+
+        What cannot be read back raises after everything else is restored, and stays a TieredTensor that raises.
+        """
+        for handle in self._handles:
+            handle.remove()
+        for module in self._modules:
+            remove_scope(module)
+        self._sweep()
+        for name, tensor in named_tensors(self.roots):  # what appeared without passing a hook
+            if isinstance(tensor, Wrapper) and id(tensor) not in self._bound:
+                self._bind(tensor, name)
+        bindings = [binding for region in self._regions if region not in self._held for binding in region.bindings]
+        errors = self._settle_sources(bindings)
+        for region, entry in self._held.items():
+            give_back_held(region, entry)
+        for binding in bindings:
+            restore_binding(binding)
+        self._regions, self._held = [], {}
+        self._modules.clear()
+        if errors:
+            raise errors[0]
+
+    def _settle_sources(self, bindings: list[Binding]) -> list[Exception]:
+        errors: list[Exception] = []
+        for source in list(self._sources):
+            try:
+                source.before_write()  # copies still to be made would find no store
+            except (TierStoreError, OSError) as error:
+                errors.append(error)
+        homes = {id(source): b.device for b in bindings if isinstance(b.tensor, Wrapper) for source in b.tensor._source.chain()}
+        for source in list(self._sources):
+            try:
+                settle(self.store, source, homes.get(id(source)))
+            except (TierStoreError, OSError) as error:
+                errors.append(error)
+        return errors
+
+
+def _move_plain(tensor: torch.Tensor, part: torch.Tensor) -> None:
+    """Put a plain tensor, and its gradient, where `part` is."""
+    gradient, tensor.grad = tensor.grad, None
+    tensor.data = part
+    if gradient is not None:
+        tensor.grad = gradient.to(part.device)
+
+
+def settle(store: TieredStore, source: EntrySource, device: torch.device | None) -> None:
+    """Give `source` its final plain tensor, on `device`; bytes in memory are handed over, files are mapped, nothing is doubled."""
+    moves = store.moves
+    with moves.lock:
+        moves.wait_until_idle(source.entry)
+        level = min(source.entry.tiers)
+    tensor = moves.tiers[level].backend.get(source.entry.key)
+    if device is not None and tensor.device != device:
+        tensor = typed_view(raw_bytes(tensor).to(device), source.spec)
+    source.settled = tensor
+
+
+def restore_binding(binding: Binding) -> None:
+    """Turn a TieredTensor back into a plain tensor over its settled bytes; one that a user replaced, or whose bytes are lost, stays."""
+    wrapper = binding.tensor
+    if not isinstance(wrapper, Wrapper):
+        return
+    source = wrapper._source
+    if any(True for _ in source.entries()):
+        return  # not settled: its bytes could not be read
+    geometry = wrapper.geometry()
+    with torch.inference_mode(False), torch.no_grad():
+        plain = typed_part(source.read(), geometry.spec, geometry.offset)
+        if plain.device != binding.device:
+            plain = plain.to(binding.device)
+        if issubclass(binding.kind, torch.nn.Parameter):
+            plain = torch.Tensor._make_subclass(binding.kind, plain, wrapper.requires_grad)
+        elif wrapper.requires_grad:
+            plain.requires_grad_()
+    replace_content(wrapper, plain)
+
+
+def give_back_held(region: Region, entry: Entry) -> None:
+    """Move held tensors back to the device they came from; where that is the compute device they never left."""
+    base = entry.tensor
+    assert base is not None
+    for device in {binding.device for binding in region.bindings} - {base.device}:
+        with torch.inference_mode(False), torch.no_grad():
+            moved = typed_view(raw_bytes(base).to(device), region.spec)
+        for binding in region.bindings:
+            tensor = binding.tensor
+            if tensor.device == device:
+                continue
+            shared = tensor.untyped_storage()._cdata == base.untyped_storage()._cdata
+            part = typed_part(moved, TensorSpec.of(tensor), tensor.storage_offset()) if shared else tensor.detach().to(device)
+            _move_plain(tensor, part)

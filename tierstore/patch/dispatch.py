@@ -1,0 +1,191 @@
+"""Runs one operator with TieredTensor arguments."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tierstore.entry import Entry
+from tierstore.errors import ModelError, UnsupportedTensorError
+from tierstore.patch.ops import Geometry, Kind, Op, describe, view_geometry
+from tierstore.patch.source import CopySource, Host, Source
+from tierstore.patch.wrapper import Wrapper
+from tierstore.spec import TensorSpec
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def dispatch(func: Any, args: Args, kwargs: Kwargs) -> Any:
+    """Do `func` as its kind demands; anything not special fetches the bytes, runs and lets go of them."""
+    op = describe(func)
+    first = args[0] if args else None
+    if isinstance(first, Wrapper):
+        if op.kind is Kind.VIEW:
+            view = _view(func, first, args[1:], kwargs)
+            if view is not None:
+                return view
+        elif first._source.settled is None:
+            if op.kind is Kind.COPY and not _changes_place(first, kwargs):
+                return _lazy_copy(func, first, kwargs)
+            if op.kind is Kind.LIKE:
+                return func(_stand_in(first), *args[1:], **{**kwargs, "device": kwargs.get("device") or first.device})
+            if op.kind is Kind.RESHAPES:
+                raise UnsupportedTensorError(
+                    f"{func} would change the shape of {first._source.name!r} in place, which a tiered tensor cannot do; assign a new Parameter to the module"
+                )
+    if op.kind is Kind.EACH:
+        return _each(func, op, args, kwargs)
+    return _compute(func, op, args, kwargs)
+
+
+# -- without bytes --------------------------------------------------------------------------------------------------
+
+
+def _view(func: Any, base: Wrapper, args: Args, kwargs: Kwargs) -> Any:
+    if func is torch.ops.aten.detach.default or func is torch.ops.aten.alias.default:
+        return base.view_of_source(base.geometry())
+    if base._source.settled is not None:
+        return None
+    geometry = view_geometry(func, base.geometry(), args, kwargs)
+    if isinstance(geometry, list):
+        return [base.view_of_source(part) for part in geometry]
+    return None if geometry is None else base.view_of_source(geometry)
+
+
+def _stand_in(wrapper: Wrapper) -> torch.Tensor:
+    return torch.empty_strided(wrapper.shape, wrapper.stride(), dtype=wrapper.dtype, device="meta")
+
+
+def _changes_place(wrapper: Wrapper, kwargs: Kwargs) -> bool:
+    """True if a `_to_copy` goes to another device or layout; raise if it is `module.to(device)` that asks."""
+    device, layout = kwargs.get("device"), kwargs.get("layout")
+    moves = device is not None and torch.device(device) != wrapper.device
+    if moves and _inside_module_apply():
+        raise ModelError(
+            f"the model is tiered: its weights compute on {wrapper.device} and cannot be moved to {device} as a whole; "
+            f"leave the `with` first, or give tiered(..., device={str(device)!r})"
+        )
+    return moves or layout not in (None, torch.strided) or bool(kwargs.get("pin_memory"))
+
+
+def _inside_module_apply() -> bool:
+    frame, code = sys._getframe(), torch.nn.Module._apply.__code__
+    for _ in range(12):
+        if frame.f_code is code:
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _lazy_copy(func: Any, wrapper: Wrapper, kwargs: Kwargs) -> Wrapper:
+    """Return a copy that is computed when it is read; it refers to the source, not to `wrapper`, which may be swapped."""
+    options = {name: value for name, value in kwargs.items() if name not in ("device", "non_blocking")}
+    spec = TensorSpec.of(func(_stand_in(wrapper), **options))
+    original = wrapper.view_of_source(wrapper.geometry())
+    source = CopySource(spec, wrapper._source, functools.partial(_copy_now, func, original, options), f"{wrapper._source.name} as {spec.dtype}")
+    return wrapper.view_class.wrap(source, wrapper.device)
+
+
+def _copy_now(func: Any, original: Wrapper, options: Kwargs) -> torch.Tensor:
+    result: torch.Tensor = func(original.show(original._source.read()), **options)
+    return result
+
+
+# -- with bytes -----------------------------------------------------------------------------------------------------
+
+
+def _each(func: Any, op: Op, args: Args, kwargs: Kwargs) -> Any:
+    """Run a list operator once per position of its lists."""
+    values = (*args, *kwargs.values())
+    count = max((len(v) for v in values if isinstance(v, list | tuple) and any(isinstance(t, torch.Tensor) for t in v)), default=0)
+
+    def at(value: Any, i: int) -> Any:
+        return value[i : i + 1] if isinstance(value, list | tuple) and len(value) == count else value
+
+    results = [_compute(func, op, tuple(at(v, i) for v in args), {k: at(v, i) for k, v in kwargs.items()}) for i in range(count)]
+    if not results or results[0] is None:
+        return None
+    if isinstance(results[0], tuple):
+        return tuple([part for result in results for part in result[k]] for k in range(len(results[0])))
+    return [part for result in results for part in result]
+
+
+def _compute(func: Any, op: Op, args: Args, kwargs: Kwargs) -> Any:
+    """Lease what the arguments stand for, run `func` on plain tensors, and record what it wrote."""
+    wrappers = list(_wrappers((*args, *kwargs.values())))
+    written = list(_wrappers([*(args[i] for i in op.written if i < len(args)), *(kwargs[n] for n in op.written_names if n in kwargs)]))
+    for wrapper in written:
+        wrapper._source.before_write()
+    with leased({wrapper._source: None for wrapper in wrappers}, func):
+        plain = {id(wrapper): wrapper.show(wrapper._source.read()) for wrapper in wrappers}
+        try:
+            result = func(*(_replace(a, plain) for a in args), **{name: _replace(a, plain) for name, a in kwargs.items()})
+        finally:
+            for wrapper in written:
+                wrapper._source.after_write()
+    return _rewrap(result, {id(plain[id(wrapper)]): wrapper for wrapper in written}) if written else result
+
+
+def _wrappers(values: Iterable[Any]) -> Iterator[Wrapper]:
+    """Yield the wrappers among operator arguments, which nest at most one list deep."""
+    for value in values:
+        if isinstance(value, Wrapper):
+            yield value
+        elif isinstance(value, list | tuple):
+            for item in value:
+                if isinstance(item, Wrapper):
+                    yield item
+
+
+def _replace(value: Any, plain: dict[int, torch.Tensor]) -> Any:
+    if isinstance(value, Wrapper):
+        return plain[id(value)]
+    if isinstance(value, list | tuple):
+        return [plain[id(item)] if isinstance(item, Wrapper) else item for item in value]
+    return value
+
+
+def _rewrap(result: Any, wrappers: dict[int, Wrapper]) -> Any:
+    """Give back the argument itself where an operator returns what it wrote to."""
+    if isinstance(result, torch.Tensor):
+        return wrappers.get(id(result), result)
+    if isinstance(result, list | tuple):
+        return type(result)(_rewrap(item, wrappers) for item in result)
+    return result
+
+
+@contextmanager
+def leased(sources: Iterable[Source], func: Any) -> Iterator[None]:
+    """Hold all entries behind `sources` resident for one operation."""
+    by_host: dict[Host, list[Entry]] = {}
+    for source in sources:
+        entries = source.entries()
+        if entries:
+            by_host.setdefault(source.host, []).extend(entries)
+    held: list[tuple[Host, list[Entry]]] = []
+    try:
+        for host, entries in by_host.items():
+            _acquire(host, entries, func)
+            held.append((host, entries))
+        yield
+    finally:
+        for host, entries in held:
+            moves = host.store.moves
+            with moves.lock:
+                moves.release(entries)
+
+
+def _acquire(host: Host, entries: list[Entry], func: Any) -> None:
+    moves = host.store.moves
+    entries[:] = dict.fromkeys(entries)
+    host.worked_on(sum(entry.nbytes for entry in entries))
+    with moves.lock:
+        moves.acquire(entries, func)

@@ -1,0 +1,232 @@
+"""What a TieredTensor stands for: an entry of a store, or a copy of another one that is made only when it is read."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+
+import torch
+
+from tierstore.entry import Entry
+from tierstore.spec import TensorSpec, typed_view
+from tierstore.store import TieredStore
+
+
+class Source(ABC):
+    """Bytes behind one or more TieredTensors, which are views of it.
+
+    `settled` is set once, when the session ends: from then on the source is that plain tensor, and no store is asked.
+    `spec` describes what `read` returns.
+    """
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self.spec = spec
+        self.settled: torch.Tensor | None = None
+        self._copies: weakref.WeakSet[CopySource] = weakref.WeakSet()
+        self._saved: weakref.ref[torch.UntypedStorage] | None = None
+
+    @abstractmethod
+    def entries(self) -> Iterable[Entry]:
+        """The entries that must be leased before `read`; none once settled."""
+
+    @abstractmethod
+    def read(self) -> torch.Tensor:
+        """Return the plain tensor; the caller holds leases on `entries`."""
+
+    @property
+    @abstractmethod
+    def host(self) -> Host:
+        """The session's side of this source."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What to call it in messages."""
+
+    def chain(self) -> Iterable[Source]:
+        """This source and the one that holds its bytes, if that is another."""
+        return (self,)
+
+    def copied_lazily(self, copy: CopySource) -> None:
+        self._copies.add(copy)
+
+    def before_write(self) -> None:
+        """Give pending lazy copies their own bytes: they must not see what is about to be written."""
+        self._saved = None
+        for copy in list(self._copies):
+            copy.materialise()
+
+    @abstractmethod
+    def after_write(self) -> None:
+        """Record that the resident bytes were changed in place; the caller still holds the lease."""
+
+    def snapshot(self) -> torch.Tensor:
+        """Return the value as a plain tensor in memory of its own; asked twice, the same memory while that is alive.
+
+        Pickling tied tensors needs this, so that they stay tied.
+        """
+        if self.settled is not None:
+            return self.settled
+        storage = self._saved() if self._saved is not None else None
+        if storage is None:
+            plain = self.host.copy_out(self)
+            storage = plain.untyped_storage()
+            self._saved = weakref.ref(storage)
+            return plain
+        return torch.empty(0, dtype=self.spec.dtype, device=storage.device).set_(storage, 0, self.spec.shape, self.spec.stride)
+
+
+class Host(ABC):
+    """What sources and TieredTensors need of the session that made them."""
+
+    store: TieredStore
+
+    @abstractmethod
+    def adopt(self, name: str, tensor: torch.Tensor) -> EntrySource:
+        """Put a plain tensor into the store and return what stands for it."""
+
+    @abstractmethod
+    def copy_out(self, source: Source) -> torch.Tensor:
+        """Return the value of `source` as a plain tensor that the store does not own."""
+
+    @abstractmethod
+    def forget(self, key: str) -> None:
+        """No source stands for the entry of `key` any more. May be called from a finaliser, with any lock held."""
+
+    @abstractmethod
+    def release_later(self, entries: list[Entry], owner: int) -> None:
+        """Give back leases that thread `owner` took. May be called from a finaliser, with any lock held."""
+
+    @abstractmethod
+    def worked_on(self, nbytes: int) -> None:
+        """One operation needed `nbytes` at once."""
+
+
+class EntrySource(Source):
+    """One entry of a store."""
+
+    def __init__(self, host: Host, entry: Entry) -> None:
+        super().__init__(entry.spec)
+        self._host = host
+        self.entry = entry
+        self.finalizer = weakref.finalize(self, host.forget, entry.key)
+        self.finalizer.atexit = False
+
+    @property
+    def host(self) -> Host:
+        return self._host
+
+    @property
+    def name(self) -> str:
+        return self.entry.key
+
+    def entries(self) -> Iterable[Entry]:
+        return () if self.settled is not None else (self.entry,)
+
+    def read(self) -> torch.Tensor:
+        tensor = self.settled if self.settled is not None else self.entry.tensor
+        assert tensor is not None, self.entry.key
+        return tensor
+
+    def after_write(self) -> None:
+        if self.settled is None:
+            store = self._host.store
+            with store.moves.lock:
+                store.outdate(self.entry)
+
+
+class CopySource(Source):
+    """The result of `aten._to_copy` (a cast or another memory format), computed at each read, holding no memory between.
+
+    Autocast and checkpointing save such copies for backward; plain they would hold a second copy of the weights. Once the
+    original is about to change, or the copy itself, it turns into an entry of its own.
+    """
+
+    def __init__(self, spec: TensorSpec, original: Source, make: Callable[[], torch.Tensor], name: str) -> None:
+        super().__init__(spec)
+        self._original: Source | None = original
+        self._make = make
+        self._own: EntrySource | None = None
+        self._name = name
+        self._host = original.host
+        original.copied_lazily(self)
+
+    @property
+    def host(self) -> Host:
+        return self._host
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def _behind(self) -> Source:
+        behind = self._own or self._original
+        assert behind is not None
+        return behind
+
+    def entries(self) -> Iterable[Entry]:
+        return () if self.settled is not None else self._behind().entries()
+
+    def read(self) -> torch.Tensor:
+        if self.settled is not None:
+            return self.settled
+        return self._own.read() if self._own is not None else self._make()
+
+    def chain(self) -> Iterable[Source]:
+        return (self, self._behind())
+
+    def materialise(self) -> None:
+        """Compute the copy and give it an entry of its own."""
+        if self._own is None and self.settled is None:
+            self._own = self._host.adopt(self._name, self._host.copy_out(self))
+            self._original = None
+            self._make = _unreachable
+
+    def before_write(self) -> None:
+        super().before_write()
+        self.materialise()
+
+    def after_write(self) -> None:
+        if self._own is not None:
+            self._own.after_write()
+
+
+class SettledSource(Source):
+    """A plain tensor in the place of a source; what compilers trace with."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__(TensorSpec.of(tensor))
+        self.settled = tensor
+
+    @property
+    def host(self) -> Host:
+        raise AssertionError("a settled source belongs to no session")
+
+    @property
+    def name(self) -> str:
+        return "a plain tensor"
+
+    def entries(self) -> Iterable[Entry]:
+        return ()
+
+    def read(self) -> torch.Tensor:
+        assert self.settled is not None
+        return self.settled
+
+    def after_write(self) -> None:
+        pass
+
+
+def _unreachable() -> torch.Tensor:
+    raise AssertionError("a materialised copy is not computed again")
+
+
+def typed_part(base: torch.Tensor, spec: TensorSpec, offset: int) -> torch.Tensor:
+    """Return the part of `base`'s memory that starts `offset` elements of `spec` after `base` does."""
+    raw = torch.empty(0, dtype=torch.uint8, device=base.device).set_(
+        base.untyped_storage(), base.storage_offset() * base.dtype.itemsize, (0,), (1,)
+    )
+    return typed_view(raw, spec, offset)
+
+

@@ -1,0 +1,129 @@
+"""TieredTensor: a tensor without storage that finds its bytes in a store, operation by operation, below autograd.
+
+[Note: below autograd]
+Autograd, autocast and functorch see an ordinary tensor with a shape, a dtype and a device. What they save for backward is
+the TieredTensor, so the graph holds no weights, and backward asks the store again. Only what runs below them, in
+`__torch_dispatch__`, gets plain resident tensors, under a lease for exactly one operation.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from typing import Any, ClassVar, NoReturn
+
+import torch
+
+from tierstore.errors import UnsupportedTensorError
+from tierstore.patch.dispatch import dispatch
+from tierstore.patch.source import SettledSource
+from tierstore.patch.swap import own_attributes, replace_content
+from tierstore.patch.wrapper import Wrapper
+
+
+class TieredTensor(Wrapper):
+    """A view of a `Source`. `plain()` copies its value out; ordinary operations just work.
+
+    What needs an address of memory that stays (`data_ptr`, `share_memory_`, dlpack) raises.
+    """
+
+    stands_for: ClassVar[type[torch.Tensor]] = torch.nn.Parameter
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return dispatch(func, args, kwargs or {})
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def plain(self) -> torch.Tensor:
+        """Return the value as a plain tensor that the caller owns, detached; views of one source share memory."""
+        return self.show(self._source.snapshot())
+
+    @property
+    def resident(self) -> torch.Tensor:
+        """The plain tensor that compiled graphs use in place of this one; leased until it is garbage."""
+        source = self._source
+        if source.settled is not None:
+            return self.show(source.settled)
+        moves, entries = source.host.store.moves, list(source.entries())
+        with moves.lock:
+            moves.acquire(entries, "a compiled graph")
+        alias = self.show(source.read()).detach()
+        weakref.finalize(alias, source.host.release_later, entries, threading.get_ident()).atexit = False
+        return alias
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["resident"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: None, size: Any, stride: Any) -> TieredTensor:
+        tensor = inner["resident"]
+        return TieredTensor.wrap(SettledSource(tensor), tensor.device)
+
+    # -- what plain tensors do in C -----------------------------------------------------------------------------
+
+    @property  # type: ignore[override]
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if isinstance(value, TieredTensor):
+            source, geometry = value._source, value.geometry()
+        else:
+            source, geometry = self._source.host.adopt(self._source.name, value), None
+        replace_content(self, type(self).wrap(source, self.device, geometry, requires_grad=self.requires_grad))
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Return a copy as a numpy array; what is written to it does not come back."""
+        if self.requires_grad and not force:
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+        return self.plain().numpy(force=force)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.numpy().__array__(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        return self.plain().tolist()
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"TieredTensor({self._source.name!r}, {self.plain()!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            memo[id(self)] = self._plain_like(self.plain().clone())
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._plain_like(self.plain()).__reduce_ex__(protocol)
+
+    def _plain_like(self, plain: torch.Tensor) -> torch.Tensor:
+        """Return `plain` as what this tensor stands for: a Parameter with the same flag and attributes, or a tensor."""
+        if isinstance(self, torch.nn.Parameter):
+            plain = torch.Tensor._make_subclass(self.stands_for, plain, self.requires_grad)
+        elif self.requires_grad:
+            plain.requires_grad_()
+        plain.__dict__.update(own_attributes(self))
+        return plain
+
+    def share_memory_(self) -> NoReturn:
+        raise UnsupportedTensorError(f"{self._source.name!r} is tiered and cannot be put into shared memory; use .plain() or leave the `with` first")
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedTensorError(f"{self._source.name!r} is tiered and has no memory to share through dlpack; use .plain()")
+
+    def untyped_storage(self) -> NoReturn:
+        raise UnsupportedTensorError(f"{self._source.name!r} is tiered and has no storage of its own; use .plain()")
+
+
+
+@functools.cache
+def tiered_class(kind: type[torch.Tensor]) -> type[TieredTensor]:
+    """Return the TieredTensor class for tensors of class `kind`; a subclass of Parameter stays an instance of itself."""
+    if not issubclass(kind, torch.nn.Parameter) or kind is torch.nn.Parameter:
+        return TieredTensor
+    return type(f"Tiered{kind.__name__}", (TieredTensor, kind), {"stands_for": kind})
+
+
+TieredTensor.view_class = TieredTensor

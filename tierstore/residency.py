@@ -1,0 +1,348 @@
+"""Moves entries between tiers: makes room, evicts, fills; the core of the store.
+
+[Note: who waits for whom]
+An entry that moves is marked busy by one thread, which then waits for nobody until it has unmarked it: making room
+inside a move skips what cannot leave at once and goes one tier down instead. A thread that has to wait (for room, or for
+a busy entry) holds no claim while it waits, apart from leases it took earlier. So busy marks always end; only leases can
+deadlock, and that is found: when every lease holder waits too, the asker gets a BudgetError.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from tierstore.backend import MappedBackend, MemoryBackend
+from tierstore.entry import Entry
+from tierstore.errors import BudgetError, ClosedError, MissingKeyError
+from tierstore.stats import Counters
+from tierstore.tier import Tier
+
+
+class Residency:
+    """Entries, tiers and the one lock over both.
+
+    `lock` is a condition that is notified whenever room, a busy mark or a lease is given up. Methods expect it held
+    unless they say otherwise; `copy` releases it around the transfer.
+    """
+
+    def __init__(self, tiers: Sequence[Tier]) -> None:
+        self.tiers = list(tiers)
+        self.lock = threading.Condition(threading.Lock())
+        self.entries: dict[str, Entry] = {}
+        self.counters = Counters()
+        self.leased_bytes = 0
+        self.closed = False
+        self._held: dict[int, int] = {}  # thread -> bytes it leased
+        self._waiting: set[int] = set()
+        self._busy = 0
+
+    def entry(self, key: str) -> Entry:
+        """Return the entry of `key`; raise `MissingKeyError`, or `ClosedError` once the store is closed."""
+        self.check_open()
+        try:
+            return self.entries[key]
+        except KeyError:
+            raise MissingKeyError(f"no entry is called {key!r}") from None
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("this store is closed; open a new one")
+
+    # -- room ---------------------------------------------------------------------------------------------------
+
+    def make_room(self, level: int, nbytes: int) -> bool:
+        """Reserve `nbytes` in a tier, evicting what may leave now; False (and nothing reserved) if that is not enough."""
+        tier = self.tiers[level]
+        if not tier.ledger.fits(nbytes):
+            return False
+        stuck: set[str] = set()
+        while not tier.ledger.reserve(nbytes):
+            if tier.stale:
+                self._delete_stale(tier, next(iter(tier.stale)))
+                continue
+            victim = self._victim(level, stuck)
+            if victim is None:
+                return False
+            if not self.evict(victim, level):
+                stuck.add(victim.key)
+        return True
+
+    def evict(self, entry: Entry, level: int) -> bool:
+        """Take one copy out of a tier: drop it if another one serves, else write it down first; False if nothing can take it."""
+        if any(other > level for other in entry.tiers) or self._only_upper_needed(entry, level):
+            self.drop(entry, level)
+        elif not self._demote(entry, level):
+            return False
+        self.counters.evictions += 1
+        return True
+
+    def _victim(self, level: int, stuck: set[str]) -> Entry | None:
+        for key in self.tiers[level].policy.victims():
+            entry = self.entries[key]
+            if key not in stuck and self.evictable(entry, level):
+                return entry
+        return None
+
+    def evictable(self, entry: Entry, level: int) -> bool:
+        """A busy entry never leaves; a leased one only gives up copies in slower tiers that another copy backs."""
+        if entry.busy:
+            return False
+        return entry.leases == 0 or (level > 0 and any(other > level for other in entry.tiers))
+
+    def _only_upper_needed(self, entry: Entry, level: int) -> bool:
+        """In the last tier a copy may go when a faster tier has one too: tiers are exclusive where bytes are short."""
+        return level == len(self.tiers) - 1 and any(other < level for other in entry.tiers)
+
+    def _demote(self, entry: Entry, level: int) -> bool:
+        self.mark_busy(entry)
+        try:
+            for lower in range(level + 1, len(self.tiers)):
+                if self.make_room(lower, entry.nbytes):
+                    self.copy(entry, level, lower)
+                    break
+            else:
+                return False
+        finally:
+            self.unmark_busy(entry)
+        self.drop(entry, level)
+        return True
+
+    # -- copies -------------------------------------------------------------------------------------------------
+
+    def copy(self, entry: Entry, source: int, target: int) -> None:
+        """Copy a busy entry into a tier where its bytes are reserved; gives the reservation back when it fails."""
+        tier, version = self.tiers[target], entry.version
+        started = time.perf_counter()
+        self.lock.release()
+        try:
+            self._transfer(self.tiers[source], tier, entry.key)
+        except BaseException:
+            self.lock.acquire()
+            tier.ledger.release(entry.nbytes)
+            raise
+        self.lock.acquire()
+        self.counters.carried(source, target, entry.nbytes, time.perf_counter() - started)
+        tier.drop_stale(entry.key)  # the transfer replaced it
+        if version == entry.version:
+            self.added(entry, target)
+        else:  # written to meanwhile through a lease
+            tier.stale[entry.key] = entry.nbytes
+
+    @staticmethod
+    def _transfer(source: Tier, target: Tier, key: str) -> None:
+        tensor = source.backend.get(key)
+        if isinstance(source.backend, MappedBackend) and isinstance(target.backend, MemoryBackend):
+            target.backend.adopt(key, tensor)
+        else:
+            target.backend.put(key, tensor)
+
+    def added(self, entry: Entry, level: int) -> None:
+        """Record that a tier, where the bytes are reserved, now holds the newest value of `entry`."""
+        tier = self.tiers[level]
+        entry.tiers.add(level)
+        tier.policy.insert(entry.key, entry.nbytes)
+        if level == 0 and tier.memory:
+            entry.tensor = tier.backend.get(entry.key)
+
+    def drop(self, entry: Entry, level: int) -> None:
+        """Delete one copy and give its bytes back."""
+        self.tiers[level].backend.delete(entry.key)
+        self.removed(entry, level)
+
+    def removed(self, entry: Entry, level: int) -> None:
+        """Record that a tier no longer holds `entry`."""
+        tier = self.tiers[level]
+        entry.tiers.discard(level)
+        tier.policy.remove(entry.key)
+        tier.ledger.release(entry.nbytes)
+        if level == 0:
+            entry.tensor = entry.derived = None
+        self.lock.notify_all()
+
+    def invalidate(self, entry: Entry, keep: int) -> None:
+        """Outdate every copy but the one in level `keep`: memory is freed, files stay until the new value replaces them."""
+        for level in sorted(entry.tiers - {keep}):
+            tier = self.tiers[level]
+            if tier.memory:
+                self.drop(entry, level)
+            else:
+                entry.tiers.discard(level)
+                tier.policy.remove(entry.key)
+                tier.stale[entry.key] = entry.nbytes
+
+    def _delete_stale(self, tier: Tier, key: str) -> None:
+        tier.backend.delete(key)
+        tier.drop_stale(key)
+
+    # -- leases -------------------------------------------------------------------------------------------------
+
+    def acquire(self, entries: Iterable[Entry], operation: object, *, headroom: int = 0, wait: bool = True) -> bool:
+        """Make all entries resident and lease them, all or none.
+
+        With `wait` it waits for other threads' leases where that can help and raises `BudgetError` where it cannot;
+        without, it answers False instead. `operation` is what errors call it; `headroom`: bytes of the fast tier that must
+        stay free of leases.
+        """
+        wanted = list(dict.fromkeys(entries))
+        started: float | None = None
+        while not self._try_acquire(wanted, headroom):
+            started = started or time.perf_counter()
+            if any(entry.busy for entry in wanted):
+                self.lock.wait()
+            elif not wait:
+                return False
+            else:
+                self._wait_for_room(operation, wanted)
+            self.check_open()
+        if started is not None:
+            self.counters.stall_seconds += time.perf_counter() - started
+        return True
+
+    def _try_acquire(self, wanted: list[Entry], headroom: int) -> bool:
+        if any(entry.busy for entry in wanted):
+            return False
+        for entry in wanted:
+            self.entry(entry.key)  # deleted while we waited?
+        budget = self.tiers[0].ledger.budget
+        fresh = sum(entry.nbytes for entry in wanted if entry.leases == 0)
+        if budget is not None and self.leased_bytes + fresh + headroom > budget:
+            return False
+        missing = [entry for entry in wanted if 0 not in entry.tiers]
+        self._lease(wanted)
+        if not missing:
+            self._count(wanted, 0)
+            return True
+        need = sum(entry.nbytes for entry in missing)
+        try:
+            ready = self.make_room(0, need)
+        except BaseException:
+            self.release(wanted)
+            raise
+        if ready and not self._still_missing(missing):
+            self.tiers[0].ledger.release(need)  # another thread moved one of them while room was made
+            ready = False
+        if not ready:
+            self.release(wanted)
+            return False
+        self._count(wanted, len(missing))
+        self._fill(wanted, missing)
+        return True
+
+    def _still_missing(self, missing: list[Entry]) -> bool:
+        return all(0 not in entry.tiers and not entry.busy and self.entries.get(entry.key) is entry for entry in missing)
+
+    def _fill(self, wanted: list[Entry], missing: list[Entry]) -> None:
+        """Copy reserved and leased entries into the fast tier; on failure give back every lease and reservation."""
+        started = time.perf_counter()
+        for entry in missing:
+            self.mark_busy(entry)
+        todo = list(missing)
+        try:
+            while todo:
+                entry = todo.pop(0)
+                try:
+                    self.copy(entry, min(entry.tiers), 0)
+                finally:
+                    self.unmark_busy(entry)
+        except BaseException:
+            for entry in todo:
+                self.tiers[0].ledger.release(entry.nbytes)
+                self.unmark_busy(entry)
+            self.release(wanted)
+            raise
+        self.counters.stall_seconds += time.perf_counter() - started
+
+    def _count(self, wanted: list[Entry], missed: int) -> None:
+        self.counters.misses += missed
+        self.counters.hits += len(wanted) - missed
+        policy = self.tiers[0].policy
+        for entry in wanted:
+            if 0 in entry.tiers:
+                policy.access(entry.key)
+
+    def _lease(self, entries: list[Entry]) -> None:
+        me = threading.get_ident()
+        taken = 0
+        for entry in entries:
+            if entry.leases == 0:
+                self.leased_bytes += entry.nbytes
+            entry.leases += 1
+            taken += entry.nbytes
+        self._held[me] = self._held.get(me, 0) + taken
+
+    def hold(self, entry: Entry) -> None:
+        """Lease a resident entry for good, on behalf of no thread."""
+        entry.leases += 1
+        self.leased_bytes += entry.nbytes
+
+    def unhold(self, entry: Entry) -> None:
+        """End a `hold`."""
+        entry.leases -= 1
+        self.leased_bytes -= entry.nbytes
+        self.lock.notify_all()
+
+    def release(self, entries: Iterable[Entry], owner: int | None = None) -> None:
+        """Give back one lease on each entry; `owner` is the thread that took it, by default this one."""
+        thread = threading.get_ident() if owner is None else owner
+        given = 0
+        for entry in entries:
+            entry.leases -= 1
+            given += entry.nbytes
+            if entry.leases == 0:
+                self.leased_bytes -= entry.nbytes
+        left = self._held.get(thread, 0) - given
+        if left > 0:
+            self._held[thread] = left
+        else:
+            self._held.pop(thread, None)
+        if self._waiting:
+            self.lock.notify_all()
+
+    def _wait_for_room(self, operation: object, wanted: list[Entry]) -> None:
+        """Wait until another thread gives something up; raise `BudgetError` if none will, or if it cannot help."""
+        if not self.tiers[0].ledger.fits(sum(entry.nbytes for entry in wanted)):
+            raise self._budget_error(operation, wanted)
+        self.wait_for_others(lambda: self._budget_error(operation, wanted))
+
+    def wait_for_others(self, error: Callable[[], BudgetError]) -> None:
+        """Wait until another thread gives up room, a busy mark or a lease; raise `error()` if none of them ever will."""
+        me = threading.get_ident()
+        self._waiting.add(me)
+        self.lock.notify_all()  # a waiting holder changes what the others may hope for
+        try:
+            if self._busy == 0 and all(thread == me or thread in self._waiting for thread in self._held):
+                raise error()
+            self.lock.wait()
+        finally:
+            self._waiting.discard(me)
+
+    def _budget_error(self, operation: object, wanted: list[Entry]) -> BudgetError:
+        tier = self.tiers[0]
+        budget = tier.ledger.budget or 0
+        names = ", ".join(repr(entry.key) for entry in wanted[:5]) + (", ..." if len(wanted) > 5 else "")
+        operation = f"{operation} on {names}"
+        required = sum(entry.nbytes for entry in wanted)
+        if required > budget:
+            return BudgetError(operation, tier=tier.name, required_bytes=required, budget_bytes=budget)
+        held = self.leased_bytes - sum(entry.nbytes for entry in wanted if entry.leases)
+        hint = f"{held} bytes of it are leased at this moment: raise the budget of {tier.name!r}, or release leases first"
+        if held + required <= budget:
+            hint = "no tier below has room for what would have to leave: raise a budget below it, or add a disk tier"
+        return BudgetError(operation, tier=tier.name, required_bytes=required + held, budget_bytes=budget, hint=hint)
+
+    # -- busy marks ---------------------------------------------------------------------------------------------
+
+    def mark_busy(self, entry: Entry) -> None:
+        entry.busy = True
+        self._busy += 1
+
+    def unmark_busy(self, entry: Entry) -> None:
+        entry.busy = False
+        self._busy -= 1
+        self.lock.notify_all()
+
+    def wait_until_idle(self, entry: Entry) -> None:
+        while entry.busy:
+            self.lock.wait()

@@ -1,0 +1,199 @@
+"""`tiered`: any model inside a byte budget per tier, for the length of a `with`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from tierstore.backend import Backend
+from tierstore.devices import compute_device, working_accelerator
+from tierstore.errors import BackendError, TierStoreError
+from tierstore.patch.attach import Attachment
+from tierstore.patch.regions import Region
+from tierstore.policy import PolicyFactory, policy_factory
+from tierstore.registry import backend_class, backend_names
+from tierstore.report import render
+from tierstore.sizes import Size, format_size, parse_size
+from tierstore.stats import Stats
+from tierstore.store import TieredStore
+from tierstore.tier import Tier
+
+if TYPE_CHECKING:
+    from tierstore.patch.attach import Progress
+
+Models = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.nn.Module]
+Disk = str | os.PathLike[str] | Backend | tuple[str | os.PathLike[str] | Backend, Size]
+
+
+def tiered(
+    model: Models,
+    *,
+    gpu: Size | None = None,
+    cpu: Size | None = None,
+    disk: Disk | None = None,
+    device: str | torch.device | None = None,
+    policy: str | PolicyFactory = "auto",
+    train: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tiered:
+    """Run `model` with its weights in tiers, each inside its byte budget; use as a context manager, or call `.close()`.
+
+    `model`: a module, or a list or dict of modules that share the budgets. `gpu`, `cpu`: sizes (`"8GiB"`, bytes, or None:
+    that tier is left out, except that the computing tier is unlimited when no size is given at all). `disk`: a directory for
+    scratch files, a `(directory, size)` pair, a URL, or a `Backend`. `device`: where to compute; by default the accelerator if
+    one works, else the CPU. The tier called `gpu` is memory of that device, also when it is the CPU.
+
+    Values, gradients and random numbers are those of the plain model. Raises `BudgetError`, `ModelError`, `BackendError` or
+    `ValueError` before the model is touched.
+    """
+    _reject_unbuilt(train=train, checkpoint=checkpoint, dtype=dtype)
+    policy_factory(policy)
+    compute = _choose_device(device, gpu)
+    store = TieredStore(_tiers(compute, gpu, cpu, disk), policy)
+    return Tiered(_named(model), store, compute)
+
+
+class Tiered:
+    """A running session, made by `tiered`. Afterwards the model is as it was, with values as last written."""
+
+    def __init__(self, models: Mapping[str, torch.nn.Module], store: TieredStore, device: torch.device) -> None:
+        self.store = store
+        self.device = device
+        self._attachment = Attachment(store, device)
+        self._open = True
+        try:
+            self._attachment.attach(models, _progress)
+        except BaseException:
+            self._open = False
+            store.close(flush=False)
+            raise
+
+    def __enter__(self) -> Tiered:
+        self.store.moves.check_open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Restore the model and remove the scratch files. Closing twice is fine."""
+        if not self._open:
+            return
+        self._open = False
+        try:
+            self._attachment.detach()
+        finally:
+            self.store.close(flush=False)
+
+    @property
+    def tier_map(self) -> dict[str, str]:
+        """The tier of every parameter and buffer, by its name in the model."""
+        return self._attachment.tier_map()
+
+    def tier_of(self, name: str) -> str:
+        """Return the fastest tier that holds the tensor called `name` in the model; raise `KeyError` if there is none."""
+        places = self._attachment.tier_map()
+        if name not in places:
+            return self.store.tier_of(name)
+        return places[name]
+
+    def stats(self) -> Stats:
+        """Return bytes per tier, traffic per link, hits, misses and stalls so far."""
+        return self.store.stats()
+
+    def report(self) -> str:
+        """Return the same as a table to print."""
+        return render(self.store.stats(), holds_all=self._attachment.holds_all, device=str(self.device))
+
+    def prefetch(self, module: torch.nn.Module) -> None:
+        """Start to bring the weights of `module` into the fast tier, as far as there is room; returns at once."""
+        self.store.prefetch(self._attachment.keys_of(module))
+
+    def offload(self, module: torch.nn.Module) -> None:
+        """Take the weights of `module` out of the fast tier; they come back when they are used."""
+        self._attachment.release_all_held()
+        self.store.offload(self._attachment.keys_of(module))
+
+    def resize(self, *, gpu: Size | None = None, cpu: Size | None = None) -> None:
+        """Change budgets while running; weights that no longer fit leave at once."""
+        for name, size in (("gpu", gpu), ("cpu", cpu)):
+            if size is None:
+                continue
+            if name not in (tier.name for tier in self.store.tiers):
+                raise TierStoreError(f"there is no tier called {name!r} to resize; it has {[t.name for t in self.store.tiers]}")
+            budget = parse_size(size)
+            if name == self.store.tiers[0].name and self.store.tiers[0].ledger.used > budget:
+                self._attachment.release_all_held()
+            self.store.resize(name, budget)
+
+    def __repr__(self) -> str:
+        return f"Tiered({', '.join(f'{t.name}={_shown(t.ledger.budget)}' for t in self.store.tiers)}, device={str(self.device)!r})"
+
+
+def _shown(budget: int | None) -> str:
+    return "unlimited" if budget is None else format_size(budget)
+
+
+def _progress(regions: Iterable[Region]) -> Iterable[Region]:
+    total = list(regions)
+    return tqdm(total, desc="placing weights", unit="tensor", delay=1.0, leave=False)
+
+
+def _reject_unbuilt(*, train: bool, checkpoint: object, dtype: object) -> None:
+    if train:
+        raise TierStoreError("train=True (gradients and optimizer state in the store) is not available yet; plain training inside the `with` works without it")
+    if checkpoint is not None or dtype is not None:
+        raise TierStoreError("checkpoint= and dtype= are not available yet; load the weights into the model first")
+
+
+def _named(model: Models) -> dict[str, torch.nn.Module]:
+    if isinstance(model, Mapping):
+        return dict(model)
+    if isinstance(model, torch.nn.Module):
+        return {"": model}
+    if isinstance(model, Sequence) and not isinstance(model, str):
+        return {str(i): part for i, part in enumerate(model)}
+    raise TierStoreError(f"expected a torch.nn.Module, or a list or dict of them, got {type(model).__name__}")
+
+
+def _choose_device(device: str | torch.device | None, gpu: Size | None) -> torch.device:
+    if device is None and gpu is not None and working_accelerator() is None:
+        raise BackendError('gpu= needs an accelerator, and none works here; leave gpu= out, or give device="cpu" to keep that tier in RAM')
+    return compute_device(device)
+
+
+def _tiers(device: torch.device, gpu: Size | None, cpu: Size | None, disk: Disk | None) -> list[Tier]:
+    """Return the tiers that were asked for, fastest first; the first one is always memory of the compute device."""
+    gpu_size = None if gpu is None else parse_size(gpu)
+    cpu_size = None if cpu is None else parse_size(cpu)
+    device_memory = backend_class("device")
+    on_device = gpu is not None or device.type != "cpu"
+    tiers = [Tier("gpu", device_memory(device), gpu_size)] if on_device else []  # type: ignore[call-arg]
+    if cpu is not None:
+        memory = backend_class("pinned")() if on_device else device_memory("cpu")  # type: ignore[call-arg]
+        tiers.append(Tier("cpu", memory, cpu_size))
+    elif not on_device:
+        tiers.append(Tier("cpu", device_memory("cpu")))  # type: ignore[call-arg]
+    if disk is not None:
+        tiers.append(_disk_tier(disk))
+    return tiers
+
+
+def _disk_tier(disk: Disk) -> Tier:
+    place, size = disk if isinstance(disk, tuple) else (disk, None)
+    budget = None if size is None else parse_size(size)
+    if isinstance(place, Backend):
+        return Tier("disk", place, budget)
+    text = os.fspath(place)
+    if "://" not in text:
+        return Tier("disk", backend_class("disk").scratch(Path(text)), budget)  # type: ignore[attr-defined]
+    scheme = text.partition("://")[0]
+    name = scheme if scheme in backend_names() else "remote"
+    return Tier("disk", backend_class(name)(text), budget)  # type: ignore[call-arg]

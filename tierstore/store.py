@@ -1,0 +1,359 @@
+"""One get/put over any number of tiers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+import torch
+
+from tierstore.backend import Backend, MemoryBackend
+from tierstore.entry import Entry
+from tierstore.errors import BudgetError, TierStoreError
+from tierstore.lease import Lease
+from tierstore.policy import PolicyFactory, policy_factory
+from tierstore.residency import Residency
+from tierstore.spec import TensorSpec, raw_bytes, storable
+from tierstore.stats import Stats, TierStats
+from tierstore.tier import Tier
+
+
+class TieredStore:
+    """Keeps tensors by key in `tiers`, fastest first, each inside its byte budget.
+
+    `get` and `lease` bring a value into the first tier; what has to leave goes one tier down, or is dropped where a slower
+    tier still holds the same bytes. What an earlier process left in a persistent tier is found again on opening.
+    Thread-safe; the one lock is released around every transfer.
+    """
+
+    def __init__(self, tiers: Sequence[Tier], policy: str | PolicyFactory = "lru") -> None:
+        if not tiers:
+            raise TierStoreError("a store needs at least one tier")
+        names = [tier.name for tier in tiers]
+        if len(set(names)) < len(names):
+            raise TierStoreError(f"tier names must differ, got {names}")
+        make_policy = policy_factory(policy)
+        for tier in tiers:
+            tier.policy = make_policy()
+        self._moves = Residency(tiers)
+        self._lock = self._moves.lock
+        self._background: ThreadPoolExecutor | None = None
+        for level in range(len(tiers)):
+            self._find_stored(level)
+
+    # -- values -------------------------------------------------------------------------------------------------
+
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        """Store a copy of `tensor` under `key`, replacing an older value, in the fastest tier that can take it.
+
+        Raises `BudgetError` if no tier can, and leaves the older value in place when it fails.
+        """
+        self._put(key, tensor, evict=True)
+
+    def fill(self, key: str, tensor: torch.Tensor) -> None:
+        """Like `put`, into the fastest tier with free room: nothing is evicted while a slower tier has room."""
+        self._put(key, tensor, evict=False)
+
+    def get(self, key: str) -> torch.Tensor:
+        """Return the value of `key`, brought into the fastest tier.
+
+        The tensor is the store's own memory: read it; to change a value use `put`, or write inside a `lease` and call
+        `changed`. Raises `KeyError` if there is none, `BudgetError` if it can never be resident.
+        """
+        moves = self._moves
+        with self._lock:
+            entry = moves.entry(key)
+            if entry.tensor is not None and not entry.busy:
+                moves.counters.hits += 1
+                moves.tiers[0].policy.access(key)
+                return entry.tensor
+        with self.lease(key) as tensors:
+            return tensors[0]
+
+    def lease(self, *keys: str) -> Lease:
+        """Return a context manager: inside, the values are resident and stay so; it yields them in the order of `keys`.
+
+        Raises `BudgetError` before anything moves if they do not fit into the fastest tier together.
+        """
+        return Lease(self._moves, keys)
+
+    def changed(self, key: str) -> None:
+        """Tell the store that the resident value of `key` was written in place; call it before the lease ends."""
+        with self._lock:
+            entry = self._moves.entry(key)
+            if not entry.resident:
+                raise TierStoreError(f"{key!r} is not resident; call changed() inside the lease in which it was written")
+            self.outdate(entry)
+
+    def outdate(self, entry: Entry) -> None:
+        """Make the resident copy of `entry` the only valid one. Expects the lock."""
+        entry.version += 1
+        self._moves.invalidate(entry, keep=0)
+
+    def __delitem__(self, key: str) -> None:
+        with self._lock:
+            entry = self._moves.entry(key)
+            self._moves.wait_until_idle(entry)
+            if self._moves.entry(key).leases:
+                raise TierStoreError(f"{key!r} is leased; delete it after the lease has ended")
+            for level in sorted(entry.tiers):
+                self._moves.drop(entry, level)
+            for tier in self._moves.tiers:
+                if key in tier.stale:
+                    tier.backend.delete(key)
+                    tier.drop_stale(key)
+            del self._moves.entries[key]
+
+    def __contains__(self, key: object) -> bool:
+        with self._lock:
+            self._moves.check_open()
+            return isinstance(key, str) and key in self._moves.entries and bool(self._moves.entries[key].tiers)
+
+    def __len__(self) -> int:
+        with self._lock:
+            self._moves.check_open()
+            return sum(bool(entry.tiers) for entry in self._moves.entries.values())
+
+    def __iter__(self) -> Iterator[str]:
+        with self._lock:
+            self._moves.check_open()
+            return iter([key for key, entry in self._moves.entries.items() if entry.tiers])
+
+    # -- placement ----------------------------------------------------------------------------------------------
+
+    def prefetch(self, keys: str | Iterable[str]) -> Future[None]:
+        """Bring values into the fastest tier in the background, as far as room can be made without waiting.
+
+        A hint: what does not fit is left where it is. The future tells when it is done; nobody has to wait for it.
+        """
+        with self._lock:
+            entries = [self._moves.entry(key) for key in ([keys] if isinstance(keys, str) else keys)]
+            if self._background is None:
+                self._background = ThreadPoolExecutor(1, thread_name_prefix="tierstore-prefetch")
+            return self._background.submit(self._prefetch, entries)
+
+    def offload(self, keys: str | Iterable[str]) -> None:
+        """Take values out of the fastest tier, writing down what only lies there; leased ones stay."""
+        with self._lock:
+            for entry in [self._moves.entry(key) for key in ([keys] if isinstance(keys, str) else keys)]:
+                self._moves.wait_until_idle(entry)
+                if entry.resident and not entry.leases and not self._moves.evict(entry, 0):
+                    raise self._no_room(f"offloading {entry.key!r}", entry.nbytes)
+
+    def resize(self, tier: str, budget: int | None) -> None:
+        """Change the budget of a tier to `budget` bytes, evicting at once what no longer fits.
+
+        Raises `BudgetError`, with the old budget kept, if leased entries alone exceed it.
+        """
+        with self._lock:
+            level = [t.name for t in self._moves.tiers].index(tier)
+            ledger = self._moves.tiers[level].ledger
+            before, ledger.budget = ledger.budget, budget
+            try:
+                fits = budget is None or self._moves.make_room(level, 0)
+            except BaseException:
+                ledger.budget = before
+                raise
+            if not fits:
+                ledger.budget = before
+                raise BudgetError(
+                    f"shrinking to {budget} bytes", tier=tier, required_bytes=ledger.used, budget_bytes=budget or 0,
+                    hint="release leases first, or give the tiers below more room",
+                )  # fmt: skip
+            self._lock.notify_all()
+
+    def tier_of(self, key: str) -> str:
+        """Return the name of the fastest tier that holds the value of `key`."""
+        with self._lock:
+            return self._moves.tiers[min(self._moves.entry(key).tiers)].name
+
+    def spec_of(self, key: str) -> TensorSpec:
+        """Return dtype, shape and stride of the value of `key`, without moving it."""
+        with self._lock:
+            return self._moves.entry(key).spec
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        return tuple(self._moves.tiers)
+
+    @property
+    def moves(self) -> Residency:
+        """The core below this store, for layers that lease entries without names."""
+        return self._moves
+
+    def stats(self) -> Stats:
+        """Return a snapshot of bytes per tier, traffic per link, hits, misses and stalls."""
+        with self._lock:
+            tiers, counters = self._moves.tiers, self._moves.counters
+            return Stats(
+                tiers={t.name: TierStats(t.ledger.budget, t.ledger.used, t.ledger.peak, self._count(i)) for i, t in enumerate(tiers)},
+                links={f"{a.name}->{b.name}": counters.link(i, j) for i, a in enumerate(tiers) for j, b in enumerate(tiers) if i != j},
+                hits=counters.hits,
+                misses=counters.misses,
+                evictions=counters.evictions,
+                stall_seconds=counters.stall_seconds,
+            )
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Write every value to the last tier, so that opening it again finds all of them; nothing leaves the faster tiers."""
+        last = len(self._moves.tiers) - 1
+        with self._lock:
+            self._moves.check_open()
+            for entry in list(self._moves.entries.values()):
+                self._moves.wait_until_idle(entry)
+                if last in entry.tiers or self._moves.entries.get(entry.key) is not entry:
+                    continue
+                self._moves.mark_busy(entry)
+                try:
+                    if not self._moves.make_room(last, entry.nbytes):
+                        raise self._no_room(f"flushing {entry.key!r}", entry.nbytes, last)
+                    self._moves.copy(entry, min(entry.tiers), last)
+                finally:
+                    self._moves.unmark_busy(entry)
+
+    def close(self, *, flush: bool | None = None) -> None:
+        """Flush (by default if the last tier outlives the process), then close every backend. Closing twice is fine."""
+        if self._moves.closed:
+            return
+        if self._background is not None:
+            self._background.shutdown(wait=True, cancel_futures=True)
+        if flush if flush is not None else self._persistent(self._moves.tiers[-1].backend):
+            self.flush()
+        with self._lock:
+            self._moves.closed = True
+            self._lock.notify_all()
+        for tier in self._moves.tiers:
+            tier.backend.close()
+
+    def __enter__(self) -> TieredStore:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"TieredStore({', '.join(map(repr, self._moves.tiers))})"
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _find_stored(self, level: int) -> None:
+        """Take over what a persistent tier held before; a faster tier's value is the newer one."""
+        tier = self._moves.tiers[level]
+        for key, spec in tier.backend.entries():
+            if not tier.ledger.reserve(spec.nbytes):
+                raise BudgetError(
+                    f"opening what {tier.name!r} already holds", tier=tier.name,
+                    required_bytes=sum(spec.nbytes for _, spec in tier.backend.entries()), budget_bytes=tier.ledger.budget or 0,
+                )  # fmt: skip
+            if key in self._moves.entries:
+                tier.stale[key] = spec.nbytes
+                continue
+            entry = self._moves.entries[key] = Entry(key, spec)
+            self._moves.added(entry, level)
+
+    def _put(self, key: str, tensor: torch.Tensor, *, evict: bool) -> None:
+        if not isinstance(key, str):
+            raise TierStoreError(f"a key is a str, got {type(key).__name__}")
+        tensor = storable(tensor)
+        spec = TensorSpec.of(tensor)
+        with self._lock:
+            entry, level = self._claim(key, spec, evict=evict)
+            try:
+                if level is None:
+                    self._write_in_place(entry, tensor)
+                else:
+                    self._write(entry, level, tensor, spec)
+            finally:
+                self._moves.unmark_busy(entry)
+                if not entry.tiers:  # a new key whose first write failed
+                    del self._moves.entries[key]
+
+    def _claim(self, key: str, spec: TensorSpec, *, evict: bool) -> tuple[Entry, int | None]:
+        """Mark the entry of `key` busy and reserve room for a new value: its level, or None to write over the old one."""
+        moves = self._moves
+        while True:
+            moves.check_open()
+            entry = moves.entries.get(key)
+            if entry is None:
+                entry = moves.entries[key] = Entry(key, spec)
+            elif entry.busy:
+                self._lock.wait()
+                continue
+            if entry.leases and entry.spec != spec:
+                raise TierStoreError(f"{key!r} is leased as {entry.spec}; a value of another shape or dtype can be put after the lease")
+            moves.mark_busy(entry)
+            level = None if entry.leases else self._reserve(spec.nbytes, evict=evict)
+            if level is not None or entry.leases or (entry.resident and entry.spec == spec):
+                return entry, level
+            moves.unmark_busy(entry)
+            if not entry.tiers:
+                del moves.entries[key]
+            moves.wait_for_others(lambda: self._no_room(f"putting {key!r}", spec.nbytes))
+
+    def _reserve(self, nbytes: int, *, evict: bool) -> int | None:
+        levels = range(len(self._moves.tiers))
+        if not evict:
+            for level in levels:
+                if self._moves.tiers[level].ledger.reserve(nbytes):
+                    return level
+        return next((level for level in levels if self._moves.make_room(level, nbytes)), None)
+
+    def _write(self, entry: Entry, level: int, tensor: torch.Tensor, spec: TensorSpec) -> None:
+        """Write a value where its bytes are reserved; outdate the older copies only when it is complete."""
+        tier = self._moves.tiers[level]
+        self._lock.release()
+        try:
+            tier.backend.put(entry.key, tensor)
+        except BaseException:
+            self._lock.acquire()
+            tier.ledger.release(spec.nbytes)
+            raise
+        self._lock.acquire()
+        tier.drop_stale(entry.key)
+        self._moves.invalidate(entry, keep=level)
+        if level in entry.tiers:
+            self._moves.removed(entry, level)
+        entry.describe(spec)
+        entry.version += 1
+        self._moves.added(entry, level)
+
+    def _write_in_place(self, entry: Entry, tensor: torch.Tensor) -> None:
+        """Overwrite a resident value of the same spec, which its lease holders see change."""
+        target = entry.tensor
+        self._lock.release()
+        try:
+            if target is None:
+                self._moves.tiers[0].backend.put(entry.key, tensor)
+            else:
+                with torch.no_grad():
+                    raw_bytes(target).copy_(raw_bytes(tensor))
+        finally:
+            self._lock.acquire()
+        self.outdate(entry)
+
+    def _prefetch(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            with self._lock:
+                if self._moves.closed:
+                    return
+                if not entry.resident and self._moves.entries.get(entry.key) is entry:
+                    if self._moves.acquire([entry], "prefetching", wait=False):
+                        self._moves.release([entry])
+
+    def _count(self, level: int) -> int:
+        return sum(level in entry.tiers for entry in self._moves.entries.values())
+
+    def _no_room(self, operation: str, nbytes: int, level: int | None = None) -> BudgetError:
+        tiers = self._moves.tiers
+        tier = tiers[level] if level is not None else max(tiers, key=lambda t: (t.ledger.budget is None, t.ledger.budget or 0))
+        return BudgetError(
+            operation, tier=tier.name, required_bytes=nbytes, budget_bytes=tier.ledger.budget or 0,
+            hint="raise a budget, add a slower tier, or delete the older value first",
+        )  # fmt: skip
+
+    @staticmethod
+    def _persistent(backend: Backend) -> bool:
+        return not isinstance(backend, MemoryBackend)
