@@ -103,6 +103,7 @@ class DiskBackend(MappedBackend):
         self.path = Path(path).absolute()
         self._scratch = scratch
         self._closed = False
+        _check_encodable(self.path)
         with opening(self.path):
             if prepare_root(self.path, marker="FORMAT", ignored="LOCK") and scratch:
                 raise BackendError(f"{self.path} belongs to another store, and scratch would remove it; choose a new directory")
@@ -131,8 +132,7 @@ class DiskBackend(MappedBackend):
         data = raw_bytes(tensor).cpu().numpy()
         replace_file(file, (head, data.data), sync=not self._scratch)
         self._blobs[key] = _Blob.of(spec, head)
-        if not self._scratch:  # after the entry, since the new file is in place even if this fails
-            sync_path(file.parent)
+        self._sync(file.parent)  # after the entry, since the new file is in place even if this fails
 
     def get(self, key: str) -> torch.Tensor:
         self._check_open()
@@ -179,20 +179,21 @@ class DiskBackend(MappedBackend):
         if not marker.exists():
             text = json.dumps({"format": FORMAT_NAME, "version": FORMAT_VERSION})
             replace_file(marker, (text.encode(),), sync=not self._scratch)
-            if not self._scratch:
-                sync_path(self.path)
+            self._sync(self.path)
         check_format(self.path, read_json(marker), name=FORMAT_NAME, version=FORMAT_VERSION)
         for leftover in (*self.path.glob(f"{TEMPORARY}*"), *self.path.glob(f"blobs/*/{TEMPORARY}*")):
             leftover.unlink()
         return dict(read_blob(file) for file in sorted(self.path.glob("blobs/*/*.safetensors")))
 
     def _make_folder(self, folder: Path) -> None:
-        if folder.is_dir():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        if not self._scratch:  # or a power loss could take the folder away from below a flushed file
-            sync_path(folder.parent)
-            sync_path(self.path)
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._sync(folder.parent, self.path)  # or a power loss could take the folder away from below a flushed file
+
+    def _sync(self, *folders: Path) -> None:
+        if not self._scratch:
+            for folder in folders:
+                sync_path(folder)
 
 
 def scratch_directory(parent: Path) -> Path:
@@ -325,6 +326,13 @@ def _check_header(header: Mapping[str, object], key: str, spec: TensorSpec) -> N
         raise ValueError("the metadata does not match its checksum or version")
     if header["data"] not in (_plain_entry(spec), _raw_entry(spec)):
         raise ValueError("the tensor entry does not match the metadata")
+
+
+def _check_encodable(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise BackendError(f"the path {path!a} is not UTF-8, and torch maps no other; choose another path") from None
 
 
 def _size_of(file: Path) -> int | None:

@@ -1,13 +1,12 @@
-"""Shrinks any transformers config to a few hundred kilobytes of weights.
+"""Shrinks any transformers config to some hundred kilobytes of weights.
 
 [Note: two recipes] Configs come in hundreds of shapes, so fields are recognised by name and value, not by model.
 *Uniform* gives every width of a config tree the same small value: all "these two must be equal" hold at once.
-*Ratio* divides every width by one number: all "this is a multiple of that" hold. What neither can know is in
-`overrides.py`, each entry with its reason.
+*Ratio* divides every width by one number: all "this is a multiple of that" hold.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -21,22 +20,82 @@ WIDTH = 64
 HEADS = 4
 HEAD_DIM = WIDTH // HEADS
 STAGE_WIDTH = 16
+MANY_LAYERS = 5  # a list longer than this has an entry for each layer, a shorter one for each stage
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How far to shrink: `divisor` is used by the ratio mode only, `image` in pixels (0 keeps the default)."""
+    """How far to shrink.
+
+    `divisor` is used by the ratio mode, `image` is in pixels (0 keeps the default). `sections` adds the rope sections
+    that some models only imply, `fill` gives numbers to sizes that are `None` by default.
+    """
 
     mode: Literal["uniform", "ratio"] = "uniform"
     layers: int = 3
-    divisor: int = 16
+    divisor: int = 1
     image: int = 64
     sections: bool = False
+    fill: bool = False
+
+
+RECIPES = (
+    Recipe(),
+    Recipe(image=0),
+    Recipe(sections=True),
+    Recipe(fill=True),
+    Recipe(mode="ratio", divisor=16),
+    Recipe(mode="ratio", divisor=16, image=0),
+    Recipe(mode="ratio", divisor=8, image=0),
+    Recipe(mode="ratio", divisor=4, image=0),
+    Recipe(mode="ratio", image=0),
+)
+
+SKIP = ("id2label", "label2id", "quantization_config", "dtype", "model_type", "transformers_version", "architectures")
+ONE_PER_LAYER = r"(^|_)(layers?|depth|blocks)$|^(n|num)_(\w+_)?(layers?|blocks)$"
+STAGED = ("depths", "num_heads", "num_attention_heads", "hidden_sizes")
+TOKEN = re.compile(
+    r"token(_\w+)?_(id|index)$|_token$|^_?(bos|eos|pad|sep|cls|unk|mask|im_\w+|audio_\w+|image_\w+|tag_pad|subs_pad|codebook_pad)_(id|index)$"
+)
+IMAGE = re.compile(r"(^|_)(image|img)_size$|^(input|spec)_size$|^resolution$")
+LAYER_NUMBERS = re.compile(r"ind(ex|ic|x)|idx|layer|_ids$|blocks$")
+KEEP = re.compile(
+    r"num_channels|kernel|stride|padding|dilation|ratio|factor|_rate$|period|interval|seed|_cost|coefficient|_weight|labels"
+    r"|merge|num_feature_levels|window_size$|query_dim|num_mel_bins|in_chans|_mult$|expansion|_token_size|train_size|time_size"
+    r"|chunk_size|block_size$|batch_size|crop_size|_fps|_sample_rate|sampling_rate|^scale|temperature|quantile|_sec|levels$"
+)
+# The most that a count may be, first match wins.
+LIMITS: tuple[tuple[str, int], ...] = (
+    (r"vocab(_size)?$|codebook_size$|num_embeds$|num_embeddings$|vectors_per_group$|_vocab_size_", VOCAB),
+    (r"experts_per_tok(en)?$|^moe_(k|topk)$|top_k_experts|^num_selected_experts|experts_top_k", 2),
+    (r"shared_experts$", 1),
+    (r"^(moe_)?(num|n)_?(\w+_)?experts$", 4),
+    (r"^n_groups?$|^num_expert_groups?$", 2),
+    (r"topk_group$|first_k_dense_replace|num_dense_layers|num_kv_shared_layers|nextn_predict_layers", 1),
+    (r"(key_value|kv)_heads?$", 2),
+    (r"^mamba_(n|num)_heads$|^n_mamba_heads$", 2 * HEADS),
+    (r"heads?$", HEADS),
+    (r"qk_head_dim$", 2 * HEAD_DIM),
+    (r"head_?dim$|^d_kv$|^d_head$|^dim_head$|head_size$|^kv_channels$|^mamba_d_head$|_dim_head$", HEAD_DIM),
+    (r"position_embeddings$|^n_positions$|^n_ctx$|max_(source|target)_positions$|max_pos_emb|max_seq_len$|context_length$", 256),
+    (r"num_conv_pos_embeddings", 16),
+    (r"groups$", 4),
+    (r"num_queries$|num_detection_tokens$|num_denoising$|num_proposals$|num_(\w+_)?quer(y|ies)\w*$|num_latents\w*$", 16),
+    (r"^(num|n)_filters$", 4),
+    (r"^base_channels$", 32),
+)
+WIDE = re.compile(
+    r"(^|_)(hidden_size|d_model|embd|embed_dim|width|dim|dims|size|channels?|units|features?|planes|rank|ssm|state|dff|embd|inner|proj)s?\d?(_\w+)?$"
+    r"|hidden_size|_dim_|^d_|embedding_dim|_size_|upsample_groups"
+)
+FFN = re.compile(r"intermediate_size|ffn_dim|^d_ff|^dff$|^mlp_dim|feed_?forward|ffn_hidden|^dim_ff|^n_inner|^d_inner|linear_units|mlp_hidden|d_ssm")
+MOE = re.compile(r"moe|expert")
+UNSET = {"head_dim": HEAD_DIM, "vocab_size": VOCAB, "num_experts_per_tok": 2, "n_routed_experts": 4, "num_experts": 4, "num_key_value_heads": HEADS}
 
 
 @dataclass
 class Tree:
-    """What holds for the whole config tree while it is walked: the recipe and the token ids handed out so far."""
+    """What holds for a whole config tree while it is walked: the recipe and the token ids handed out so far."""
 
     recipe: Recipe
     ids: dict[int, int] = field(default_factory=dict)
@@ -46,55 +105,6 @@ class Tree:
         if old < VOCAB // 2:
             return old
         return self.ids.setdefault(old, VOCAB - 1 - len(self.ids))
-
-
-RECIPES = (
-    Recipe(),
-    Recipe(sections=True),
-    Recipe(image=0),
-    Recipe("ratio", divisor=16, image=0),
-    Recipe("ratio", divisor=8, image=0),
-    Recipe("ratio", divisor=4, image=0),
-    Recipe("ratio", divisor=1, image=0),
-)
-
-
-def at_most(limit: int) -> Callable[[int], int]:
-    return lambda value: min(value, limit)
-
-
-# Fields of one integer, first match wins. Names that no rule knows keep their value.
-KEEP = re.compile(
-    r"num_channels|kernel|stride|padding|dilation|_ratio|factor|_rate$|period|interval|seed|_cost|coefficient|_weight|labels"
-    r"|merge|num_feature_levels|window_size$|query_dim|num_mel_bins|in_chans|_mult$|expansion|_token_size|train_size|time_size"
-    r"|chunk_size|block_size$|batch_size|crop_size|_fps|_sample_rate|sampling_rate|^scale|temperature|quantile|_sec|^in_channels$"
-)
-COUNTS: tuple[tuple[str, Callable[[int], int]], ...] = (
-    (r"vocab(_size)?$|codebook_size$|num_embeds$|num_embeddings$|vectors_per_group$|_vocab_size_", at_most(VOCAB)),
-    (r"experts_per_tok(en)?$|^moe_(k|topk)$|top_k_experts|^num_selected_experts|experts_top_k", at_most(2)),
-    (r"shared_experts$", at_most(1)),
-    (r"^(moe_)?(num|n)_?(\w+_)?experts$", at_most(4)),
-    (r"^(n|num_expert)_groups?$", at_most(2)),
-    (r"topk_group$|first_k_dense_replace|num_dense_layers|num_kv_shared_layers|nextn_predict_layers", at_most(1)),
-    (r"(key_value|kv)_heads?$", at_most(2)),
-    (r"heads?$", at_most(HEADS)),
-    (r"qk_(rope|nope)_head_dim$", at_most(HEAD_DIM // 2)),
-    (r"head_dim$|^d_kv$|^d_head$|^dim_head$|head_size$|^kv_channels$|^mamba_d_head$|_dim_head$", at_most(HEAD_DIM)),
-    (r"position_embeddings$|^n_positions$|^n_ctx$|max_(source|target)_positions$|max_pos_emb|max_seq_len$|context_length$", at_most(256)),
-    (r"num_conv_pos_embeddings", at_most(16)),
-    (r"num_(conv_pos_embedding_)?groups", at_most(4)),
-    (r"num_queries$|num_detection_tokens$|num_denoising$|num_proposals$|num_(object_)?quer(y|ies)\w*$|num_latents\w*$", at_most(16)),
-    (r"(^|_)(layers?|depth|blocks)$|^(n|num)_(\w+_)?(layers?|blocks)$", at_most(-1)),
-)
-WIDE = re.compile(
-    r"(^|_)(hidden_size|d_model|(d|dim|n)_embd|embed_dim|width|dim|size|channels?|units|features|planes|rank|ssm|state|dff?|d_ff|embd|inner|proj)s?\d?(_\w+)?$"
-    r"|hidden_size|_dim_|^d_|embedding_dim|_size_"
-)
-FFN = re.compile(r"intermediate_size|ffn_dim|^d_ff|^dff$|^mlp_dim|feedforward|feed_forward|ffn_hidden|^dim_ff|^n_inner|^d_inner|linear_units|mlp_hidden")
-MOE = re.compile(r"moe|expert")
-TOKEN = re.compile(r"token(_\w+)?_(id|index)$|_token$|^_?(bos|eos|pad|sep|cls|unk|mask|im_\w+|audio_\w+|image_\w+|tag_pad|subs_pad|codebook_pad)_(id|index)$")
-IMAGE = re.compile(r"(^|_)(image|img)_size$|^(input|spec)_size$|^image_embedding_size$|^resolution$")
-SKIP = ("id2label", "label2id", "rope_scaling", "quantization_config", "torch_dtype", "dtype", "model_type", "transformers_version")
 
 
 def small_config(config_class: type[PretrainedConfig], recipe: Recipe, start: Mapping[str, Value]) -> PretrainedConfig:
@@ -107,11 +117,15 @@ def small_config(config_class: type[PretrainedConfig], recipe: Recipe, start: Ma
 
 def shrink_node(node: Node, tree: Tree) -> Node:
     """Returns one level of a config with its numbers, lists and sub-configs made small."""
-    small = {key: shrink_value(key, value, node, tree) for key, value in node.items()}
-    return fit_layer_lists(small, node)
+    if node.get("model_type") == "timm_backbone":
+        return {"model_type": "resnet", "depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 64, 64], "embedding_size": 16, "out_indices": node["out_indices"]}
+    node = drop_layers(node, tree.recipe.layers)
+    return {key: shrink_value(key, value, node, tree) for key, value in node.items()}
 
 
 def shrink_value(key: str, value: Value, node: Node, tree: Tree) -> Value:
+    if value is None and tree.recipe.fill:
+        return UNSET.get(key)
     if key in SKIP or isinstance(value, (bool, str, float)) or value is None:
         return value
     if isinstance(value, dict):
@@ -126,25 +140,22 @@ def shrink_int(key: str, value: int, node: Node, tree: Tree) -> int:
         return tree.token(value)
     if IMAGE.search(key):
         return min(value, tree.recipe.image or value)
-    if KEEP.search(key):
+    if KEEP.search(key) or re.search(ONE_PER_LAYER, key):
         return value
     if re.search(r"(key_value|kv)_heads?$", key) and value in (node.get("num_attention_heads"), node.get("num_heads")):
         key = "num_attention_heads"
-    for pattern, limit in COUNTS:
+    uniform = tree.recipe.mode == "uniform"
+    for pattern, limit in LIMITS:
         if re.search(pattern, key):
-            ratio_heads = tree.recipe.mode == "ratio" and "head" in pattern
-            return ratio(key, value, tree.recipe) if ratio_heads else min(value, tree.recipe.layers) if limit(10**9) < 0 else limit(value)
-    if FFN.search(key) or WIDE.search(key):
-        return width(key, value, node, tree.recipe)
-    return value
+            return min(value, limit) if uniform or "head" not in pattern else ratio(key, value, tree.recipe)
+    return width(key, value, node, tree.recipe) if FFN.search(key) or WIDE.search(key) else value
 
 
 def width(key: str, value: int, node: Node, recipe: Recipe) -> int:
-    """Returns a small width; a config with a list of depths doubles its width at each stage, so it starts lower."""
+    """Returns a small width; a config with a list of stages doubles its width at each, so it starts lower."""
     if recipe.mode == "ratio":
         return ratio(key, value, recipe)
-    staged = any(isinstance(node.get(k), (list, tuple)) for k in ("depths", "num_heads", "num_attention_heads", "hidden_sizes"))
-    if staged and re.search("embed_dim|hidden_size|embedding_size", key):
+    if any(isinstance(node.get(k), (list, tuple)) for k in STAGED) and re.search("embed_dim|hidden_size|embedding_size", key):
         return min(value, STAGE_WIDTH)
     if FFN.search(key) and not MOE.search(key):
         return min(value, 2 * WIDTH)
@@ -153,37 +164,34 @@ def width(key: str, value: int, node: Node, recipe: Recipe) -> int:
 
 def ratio(key: str, value: int, recipe: Recipe) -> int:
     """Divides a width by the recipe's number; head counts and head sizes share it between them."""
-    root = max(1, int(recipe.divisor**0.5))
-    by = root if "head" in key else recipe.divisor
-    return value // by if value % by == 0 and value // by >= 1 else value
+    by = max(1, int(recipe.divisor**0.5)) if "head" in key else recipe.divisor
+    return value // by if value % by == 0 and value > 3 else value
 
 
 def shrink_list(key: str, values: list[Value], tree: Tree) -> list[Value]:
-    if any(isinstance(v, dict) for v in values):
-        return [shrink_node(v, tree) if isinstance(v, dict) else v for v in values]
-    if not all(type(v) is int for v in values) or not values:
+    """Returns a list of the same length with small numbers; lists of numbers that are not widths stay as they are."""
+    if any(isinstance(v, (dict, list, tuple)) for v in values):
+        return [shrink_node(v, tree) if isinstance(v, dict) else shrink_list(key, list(v), tree) if isinstance(v, (list, tuple)) else v for v in values]
+    numbers = [v for v in values if type(v) is int]
+    if len(numbers) < len(values) or not values or KEEP.search(key) or IMAGE.search(key):
         return values
     if TOKEN.search(key):
-        return [tree.token(v) for v in values]
-    if KEEP.search(key) or IMAGE.search(key):
-        return values
+        return [tree.token(v) for v in numbers]
     if re.search(r"depths?$|num_(block_)?repeats|layers$|blocks", key):
-        return [min(v, 2) for v in values]
+        return [min(v, 2) for v in numbers]
     if re.search(r"heads?$", key) and tree.recipe.mode == "uniform":
         return [min(1 << i, HEADS) for i in range(len(values))]
-    if WIDE.search(key) or FFN.search(key):
-        return stage_widths(values, key, tree.recipe)
-    return values
+    return stage_widths(numbers, key, tree.recipe) if WIDE.search(key) or FFN.search(key) else values
 
 
-def stage_widths(values: list[int], key: str, recipe: Recipe) -> list[int]:
+def stage_widths(values: list[int], key: str, recipe: Recipe) -> list[Value]:
     """Returns widths that grow where the old ones grew: 16, 32, 64 for three stages in the uniform mode."""
     if recipe.mode == "ratio":
         return [ratio(key, v, recipe) for v in values]
     ranks = {v: i for i, v in enumerate(sorted(set(values)))}
     if len(ranks) == 1:
         return [min(values[0], WIDTH // 2)] * len(values)
-    return [min(v, STAGE_WIDTH << min(ranks[v], 2 + (ranks[v] > 2))) for v in values]
+    return [min(v, STAGE_WIDTH << min(ranks[v], 3)) for v in values]
 
 
 def shrink_rope(rope: Node, node: Node, tree: Tree) -> Node:
@@ -210,17 +218,60 @@ def apportion(parts: list[int], total: int) -> list[Value]:
     return [max(1, end - start) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def fit_layer_lists(small: Node, old: Node) -> Node:
-    """Shortens lists with one entry for each layer, keeping every kind of layer, and layer numbers in range."""
-    lengths = {v: small[k] for k, v in old.items() if re.search(r"layers?$|depth$", k) and type(v) is int and small[k] != v}
-    for key, value in old.items():
-        if isinstance(value, (list, tuple)) and len(value) in lengths and len(value) > 3:
-            small[key] = spread(list(value), lengths[len(value)])
-    return small
+def drop_layers(node: Node, most: int) -> Node:
+    """Returns a config level with few layers of each stack, and what it says of single layers changed to match.
+
+    Kept is one layer of each kind, and every layer that a short list of layer numbers asks for.
+    """
+    stages = {len(v) for v in node.values() if isinstance(v, (list, tuple)) and len(v) <= MANY_LAYERS}
+    counts = {v for k, v in node.items() if re.search(ONE_PER_LAYER, k) and type(v) is int and v > most and v not in stages}
+    for count in counts:
+        kept = kept_layers(node, count, most)
+        node = {key: only_layers(key, value, count, kept, node) for key, value in node.items()}
+    return node
 
 
-def spread(values: list[Value], count: int) -> list[Value]:
-    """Returns `count` of the values in order, with as many different ones as fit."""
-    firsts = sorted({str(v): i for i, v in reversed(list(enumerate(values)))}.values())[:count]
-    rest = [i for i in range(len(values)) if i not in firsts][: count - len(firsts)]
-    return [values[i] for i in sorted(firsts + rest)]
+def kept_layers(node: Node, count: int, most: int) -> list[int]:
+    kinds: list[list[str]] = [[] for _ in range(count)]
+    asked: set[int] = set()
+    for key, value in node.items():
+        if isinstance(value, (list, tuple)) and len(value) == count:
+            for kind, entry in zip(kinds, value, strict=True):
+                kind.append(str(entry))
+        elif numbers := layer_numbers(key, value, count, node):
+            asked |= set(numbers) if len(numbers) <= MANY_LAYERS else set()
+            for i, kind in enumerate(kinds):
+                kind.append(str(i in numbers))
+    first: dict[str, int] = {}
+    for i, kind in enumerate(kinds):
+        first.setdefault(" ".join(kind), i)
+    order = [*sorted(asked), *first.values(), *range(count)]
+    return sorted(list(dict.fromkeys(order))[: max(most, len(asked))])
+
+
+def layer_numbers(key: str, value: Value, count: int, node: Node) -> list[int]:
+    """Returns the layers that a field names, counted from 0, or nothing where it names none."""
+    numbers = [int(k) for k in value if str(k).isdigit()] if isinstance(value, dict) and key == "per_layer_config" else value
+    if not isinstance(numbers, (list, tuple)) or not numbers or not all(type(v) is int for v in numbers):
+        return []
+    if not LAYER_NUMBERS.search(key) or len(set(numbers)) < len(numbers) or max(numbers) > count:
+        return []
+    base = 1 if "stage_names" in node or max(numbers) == count else 0  # a backbone counts its stem as 0
+    return [v - base for v in numbers if 0 <= v - base < count]
+
+
+def only_layers(key: str, value: Value, count: int, kept: list[int], node: Node) -> Value:
+    """Returns a field after all layers but the kept ones are gone."""
+    if type(value) is int:
+        return len(kept) if value == count and re.search(ONE_PER_LAYER, key) else value
+    if isinstance(value, (list, tuple)) and len(value) == count:
+        return [value[i] for i in kept]
+    if key in ("stage_names", "out_features") and isinstance(value, (list, tuple)) and "stage_names" in node:
+        return None
+    numbers = layer_numbers(key, value, count, node)
+    if not numbers:
+        return value
+    if isinstance(value, dict):
+        return {str(kept.index(int(k))): v for k, v in value.items() if int(k) in kept}
+    base = min(numbers[0], value[0]) != numbers[0] or value[0] != numbers[0]
+    return [kept.index(i) + int(base) for i in numbers if i in kept]

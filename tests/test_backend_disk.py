@@ -20,8 +20,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from samples import all_samples, assert_identical, layout_samples
 
+from tests.samples import all_samples, assert_identical, layout_samples
 from tierstore.backends.disk import DiskBackend, scratch_directory
 from tierstore.errors import BackendError, ClosedError, CorruptionError
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
@@ -305,6 +305,21 @@ def test_any_failure_before_the_rename_changes_nothing(root: Path, store: DiskBa
     assert_identical(store.get("key"), torch.arange(1000))
 
 
+def test_a_failed_flush_of_the_new_name_leaves_a_whole_value(store: DiskBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put("key", torch.arange(1000))
+    fsync, folder = os.fsync, store.file_of("key").parent
+
+    def refuse_folder(fd: int) -> None:
+        if os.fstat(fd).st_ino == folder.stat().st_ino:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", refuse_folder)
+    with pytest.raises(OSError, match="Input/output"):
+        store.put("key", torch.zeros(9000))
+    assert_identical(store.get("key"), torch.zeros(9000))
+
+
 def test_an_interrupt_leaves_no_temporary_file(root: Path, store: DiskBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
@@ -380,6 +395,12 @@ def test_a_forked_child_cannot_give_the_lock_or_the_files_away(tmp_path: Path) -
     backend.close()
 
 
+def test_a_forgotten_store_frees_its_directory(root: Path) -> None:
+    with pytest.warns(ResourceWarning):
+        DiskBackend(root)
+    DiskBackend(root).close()
+
+
 def test_after_close_every_operation_says_so(store: DiskBackend) -> None:
     store.put("key", torch.zeros(1))
     store.close()
@@ -395,6 +416,12 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     for path in (file, file / "below"):
         with pytest.raises(BackendError, match=str(file)):
             DiskBackend(path)
+
+
+def test_a_path_that_torch_cannot_open_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="is not UTF-8"):
+        DiskBackend(tmp_path / os.fsdecode(b"\xff"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_of_something_else_is_refused_and_untouched(tmp_path: Path) -> None:

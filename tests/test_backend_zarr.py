@@ -20,8 +20,8 @@ import torch
 import zarr
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from samples import DTYPES, all_samples, assert_identical, layout_samples, random_bits
 
+from tests.samples import DTYPES, all_samples, assert_identical, layout_samples, random_bits
 from tierstore.backends.zarr_dir import ZarrBackend, node_name
 from tierstore.errors import BackendError, ClosedError, CorruptionError
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
@@ -29,6 +29,7 @@ from tierstore.spec import TensorSpec, raw_bytes, typed_view
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore:ComplexHalf")]
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))  # lone surrogates and NUL too
+CLOSE_TEXT = st.text("kK%4bB_", max_size=6) | st.text("xX.", min_size=30, max_size=110)
 ODD_KEYS = ("", ".", "..", "../../evil", "/etc/evil", "a/b", "a%2Fb", "__a", "c", "zarr.json", "\0", "\ud800", "\ud83d\ude00", "\U0001f600")
 CLASHING_KEYS = ("K", "k", "%4b", "%4B", "x" * 101, "X" * 101, "%", "%sha256-")
 NUMPY_NAMES = {
@@ -232,7 +233,7 @@ def test_any_text_is_a_key(keys: list[str]) -> None:
         assert len(list(zarr.open_group(Path(folder, "store"), mode="r").array_keys())) == len(keys)
 
 
-@given(ANY_TEXT, ANY_TEXT)
+@given(CLOSE_TEXT, CLOSE_TEXT)
 def test_two_keys_never_share_a_name_even_without_case(one: str, other: str) -> None:
     assert (node_name(one).casefold() == node_name(other).casefold()) == (one == other)
 
@@ -277,13 +278,27 @@ def test_a_write_that_fails_after_the_metadata_keeps_the_older_value(root: Path,
     assert_identical(store.get("key"), torch.arange(10))
 
 
+def test_a_failed_flush_of_the_new_name_leaves_a_whole_value(root: Path, store: ZarrBackend) -> None:
+    store.put("key", torch.arange(10))
+    fsync = os.fsync
+
+    def refuse_root(fd: int) -> None:
+        return refuse() if os.fstat(fd).st_ino == root.stat().st_ino else fsync(fd)
+
+    with mock.patch("os.fsync", refuse_root), pytest.raises(OSError, match="No space left"):
+        store.put("key", torch.zeros(99))
+    assert_identical(store.get("key"), torch.zeros(99))
+
+
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_failed_rename_keeps_the_older_value(root: Path, store: ZarrBackend, failing: int) -> None:
     rename, calls = Path.rename, []
 
     def fail_once(self: Path, target: Path) -> Path:
         calls.append(target)
-        return refuse() or self if len(calls) == failing else rename(self, target)
+        if len(calls) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(self, target)
 
     store.put("key", torch.arange(10))
     with mock.patch.object(Path, "rename", fail_once), pytest.raises(OSError, match="No space left"):
@@ -343,6 +358,12 @@ def test_a_second_store_is_refused_until_the_first_closes(root: Path, store: Zar
     ZarrBackend(root).close()
 
 
+def test_a_forgotten_store_frees_its_directory(root: Path) -> None:
+    with pytest.warns(ResourceWarning):
+        ZarrBackend(root)
+    ZarrBackend(root).close()
+
+
 def test_after_close_every_operation_says_so(store: ZarrBackend) -> None:
     store.put("key", torch.zeros(1))
     store.close()
@@ -379,11 +400,8 @@ def test_a_zarr_group_of_something_else_is_refused_and_untouched(tmp_path: Path)
 def test_an_unknown_version_is_refused_and_the_lock_given_back(root: Path, store: ZarrBackend) -> None:
     store.close()
     good = (root / "zarr.json").read_text()
-    for text, message in (
-        (good.replace('"version": 1', '"version": 2'), "has version 2"),
-        ("[]", "something else"),
-        ("{", "something else"),
-    ):
+    newer = good.replace('"version": 1', '"version": 2')
+    for text, message in ((newer, "has version 2"), ("[]", "something else"), ("{", "something else")):
         (root / "zarr.json").write_text(text)
         with pytest.raises(BackendError, match=message):
             ZarrBackend(root)
@@ -456,7 +474,7 @@ def test_damage_while_open_is_reported_with_key_and_place(store: ZarrBackend, da
     damage(store.node_of("key"))
     with pytest.raises(CorruptionError) as caught:
         store.get("key")
-    assert caught.value.key in ("key", "?")
+    assert caught.value.key == "key"
     assert caught.value.file.startswith(str(store.node_of("key")))
     assert_identical(store.get("other"), torch.ones(10))
     store.delete("key")

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from tierstore.backend import MappedBackend, MemoryBackend
 from tierstore.entry import Entry
@@ -41,10 +42,16 @@ class Residency:
     def entry(self, key: str) -> Entry:
         """Return the entry of `key`; raise `MissingKeyError`, or `ClosedError` once the store is closed."""
         self.check_open()
-        try:
-            return self.entries[key]
-        except KeyError:
-            raise MissingKeyError(f"no entry is called {key!r}") from None
+        entry = self.entries.get(key)
+        if entry is None or not entry.tiers:  # a value whose first write is not complete
+            raise MissingKeyError(f"no entry is called {key!r}")
+        return entry
+
+    def idle_entry(self, key: str) -> Entry:
+        """Return the entry of `key` once no thread moves it, or is about to."""
+        while (entry := self.entry(key)).moving:
+            self.lock.wait()
+        return entry
 
     def check_open(self) -> None:
         if self.closed:
@@ -60,7 +67,7 @@ class Residency:
         stuck: set[str] = set()
         while not tier.ledger.reserve(nbytes):
             if tier.stale:
-                self._delete_stale(tier, next(iter(tier.stale)))
+                self.delete_stale(tier, next(iter(tier.stale)))
                 continue
             victim = self._victim(level, stuck)
             if victim is None:
@@ -115,25 +122,38 @@ class Residency:
         """Copy a busy entry into a tier where its bytes are reserved; gives the reservation back when it fails."""
         tier, version = self.tiers[target], entry.version
         started = time.perf_counter()
-        self.lock.release()
-        try:
+        with self.writing(tier, entry.key, entry.nbytes):
             self._transfer(self.tiers[source], tier, entry.key)
-        except BaseException:
-            self.lock.acquire()
-            tier.ledger.release(entry.nbytes)
-            raise
-        self.lock.acquire()
         self.counters.carried(source, target, entry.nbytes, time.perf_counter() - started)
-        tier.drop_stale(entry.key)  # the transfer replaced it
         if version == entry.version:
             self.added(entry, target)
         else:  # written to meanwhile through a lease
             tier.stale[entry.key] = entry.nbytes
 
+    @contextmanager
+    def writing(self, tier: Tier, key: str, nbytes: int) -> Iterator[None]:
+        """Release the lock while a value replaces the stale copy in a tier; the `nbytes` reserved are given back on failure.
+
+        Meanwhile the stale copy is out of reach: another thread that makes room would delete the new value with it.
+        """
+        outdated = tier.stale.pop(key, None)
+        self.lock.release()
+        try:
+            yield
+        except BaseException:
+            self.lock.acquire()
+            tier.ledger.release(nbytes)
+            if outdated is not None:
+                tier.stale[key] = outdated
+            raise
+        self.lock.acquire()
+        tier.ledger.release(outdated or 0)
+
     @staticmethod
     def _transfer(source: Tier, target: Tier, key: str) -> None:
         tensor = source.backend.get(key)
-        if isinstance(source.backend, MappedBackend) and isinstance(target.backend, MemoryBackend):
+        adoptable = isinstance(source.backend, MappedBackend) and isinstance(target.backend, MemoryBackend)
+        if adoptable and tensor.device == target.backend.device:
             target.backend.adopt(key, tensor)
         else:
             target.backend.put(key, tensor)
@@ -159,22 +179,29 @@ class Residency:
         tier.ledger.release(entry.nbytes)
         if level == 0:
             entry.tensor = entry.derived = None
-        self.lock.notify_all()
+        self.wake()
 
     def invalidate(self, entry: Entry, keep: int) -> None:
-        """Outdate every copy but the one in level `keep`: memory is freed, files stay until the new value replaces them."""
+        """Outdate every copy but the one in level `keep`: memory is freed, files stay until the new value replaces them.
+
+        Never fails, because the new value is already there: a copy that resists is tried again when room is needed.
+        """
         for level in sorted(entry.tiers - {keep}):
             tier = self.tiers[level]
+            entry.tiers.discard(level)
+            tier.policy.remove(entry.key)
+            tier.stale[entry.key] = entry.nbytes
+            if level == 0:
+                entry.tensor = entry.derived = None
             if tier.memory:
-                self.drop(entry, level)
-            else:
-                entry.tiers.discard(level)
-                tier.policy.remove(entry.key)
-                tier.stale[entry.key] = entry.nbytes
+                with suppress(Exception):
+                    self.delete_stale(tier, entry.key)
 
-    def _delete_stale(self, tier: Tier, key: str) -> None:
+    def delete_stale(self, tier: Tier, key: str) -> None:
+        """Delete an outdated copy and give its bytes back."""
         tier.backend.delete(key)
         tier.drop_stale(key)
+        self.wake()
 
     # -- leases -------------------------------------------------------------------------------------------------
 
@@ -204,7 +231,8 @@ class Residency:
         if any(entry.busy for entry in wanted):
             return False
         for entry in wanted:
-            self.entry(entry.key)  # deleted while we waited?
+            if self.entry(entry.key) is not entry:
+                raise MissingKeyError(f"{entry.key!r} was deleted, and another value put, while this thread waited for it")
         budget = self.tiers[0].ledger.budget
         fresh = sum(entry.nbytes for entry in wanted if entry.leases == 0)
         if budget is not None and self.leased_bytes + fresh + headroom > budget:
@@ -220,15 +248,15 @@ class Residency:
         except BaseException:
             self.release(wanted)
             raise
-        if ready and not self._still_missing(missing):
-            self.tiers[0].ledger.release(need)  # another thread moved one of them while room was made
-            ready = False
-        if not ready:
-            self.release(wanted)
-            return False
-        self._count(wanted, len(missing))
-        self._fill(wanted, missing)
-        return True
+        moved = not self._still_missing(missing)  # by another thread, while room was made
+        if ready and not moved:
+            self._count(wanted, len(missing))
+            self._fill(wanted, missing)
+            return True
+        if ready:
+            self.tiers[0].ledger.release(need)
+        self.release(wanted)
+        return moved and self._try_acquire(wanted, headroom)
 
     def _still_missing(self, missing: list[Entry]) -> bool:
         return all(0 not in entry.tiers and not entry.busy and self.entries.get(entry.key) is entry for entry in missing)
@@ -274,14 +302,16 @@ class Residency:
 
     def hold(self, entry: Entry) -> None:
         """Lease a resident entry for good, on behalf of no thread."""
+        if entry.leases == 0:
+            self.leased_bytes += entry.nbytes
         entry.leases += 1
-        self.leased_bytes += entry.nbytes
 
     def unhold(self, entry: Entry) -> None:
         """End a `hold`."""
         entry.leases -= 1
-        self.leased_bytes -= entry.nbytes
-        self.lock.notify_all()
+        if entry.leases == 0:
+            self.leased_bytes -= entry.nbytes
+        self.wake()
 
     def release(self, entries: Iterable[Entry], owner: int | None = None) -> None:
         """Give back one lease on each entry; `owner` is the thread that took it, by default this one."""
@@ -297,8 +327,7 @@ class Residency:
             self._held[thread] = left
         else:
             self._held.pop(thread, None)
-        if self._waiting:
-            self.lock.notify_all()
+        self.wake()
 
     def _wait_for_room(self, operation: object, wanted: list[Entry]) -> None:
         """Wait until another thread gives something up; raise `BudgetError` if none will, or if it cannot help."""
@@ -310,13 +339,17 @@ class Residency:
         """Wait until another thread gives up room, a busy mark or a lease; raise `error()` if none of them ever will."""
         me = threading.get_ident()
         self._waiting.add(me)
-        self.lock.notify_all()  # a waiting holder changes what the others may hope for
         try:
-            if self._busy == 0 and all(thread == me or thread in self._waiting for thread in self._held):
+            if self._busy == 0 and self._held.keys() <= self._waiting:
                 raise error()
             self.lock.wait()
         finally:
             self._waiting.discard(me)
+
+    def wake(self) -> None:
+        """Let every waiting thread look again. Until it has, it does not count as waiting in vain."""
+        self._waiting.clear()
+        self.lock.notify_all()
 
     def _budget_error(self, operation: object, wanted: list[Entry]) -> BudgetError:
         tier = self.tiers[0]
@@ -341,7 +374,7 @@ class Residency:
     def unmark_busy(self, entry: Entry) -> None:
         entry.busy = False
         self._busy -= 1
-        self.lock.notify_all()
+        self.wake()
 
     def wait_until_idle(self, entry: Entry) -> None:
         while entry.busy:

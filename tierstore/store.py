@@ -82,8 +82,8 @@ class TieredStore:
         """Tell the store that the resident value of `key` was written in place; call it before the lease ends."""
         with self._lock:
             entry = self._moves.entry(key)
-            if not entry.resident:
-                raise TierStoreError(f"{key!r} is not resident; call changed() inside the lease in which it was written")
+            if entry.tensor is None or not entry.leases:
+                raise TierStoreError(f"{key!r} is not leased; call changed() inside the lease in which it was written, or use put")
             self.outdate(entry)
 
     def outdate(self, entry: Entry) -> None:
@@ -93,16 +93,14 @@ class TieredStore:
 
     def __delitem__(self, key: str) -> None:
         with self._lock:
-            entry = self._moves.entry(key)
-            self._moves.wait_until_idle(entry)
-            if self._moves.entry(key).leases:
+            entry = self._moves.idle_entry(key)
+            if entry.leases:
                 raise TierStoreError(f"{key!r} is leased; delete it after the lease has ended")
+            for tier in self._moves.tiers:  # stale copies first: the value must not outlive its end in an older version
+                if key in tier.stale:
+                    self._moves.delete_stale(tier, key)
             for level in sorted(entry.tiers):
                 self._moves.drop(entry, level)
-            for tier in self._moves.tiers:
-                if key in tier.stale:
-                    tier.backend.delete(key)
-                    tier.drop_stale(key)
             del self._moves.entries[key]
 
     def __contains__(self, key: object) -> bool:
@@ -136,8 +134,8 @@ class TieredStore:
     def offload(self, keys: str | Iterable[str]) -> None:
         """Take values out of the fastest tier, writing down what only lies there; leased ones stay."""
         with self._lock:
-            for entry in [self._moves.entry(key) for key in ([keys] if isinstance(keys, str) else keys)]:
-                self._moves.wait_until_idle(entry)
+            for key in [keys] if isinstance(keys, str) else list(keys):
+                entry = self._moves.idle_entry(key)
                 if entry.resident and not entry.leases and not self._moves.evict(entry, 0):
                     raise self._no_room(f"offloading {entry.key!r}", entry.nbytes)
 
@@ -267,9 +265,7 @@ class TieredStore:
                 else:
                     self._write(entry, level, tensor, spec)
             finally:
-                self._moves.unmark_busy(entry)
-                if not entry.tiers:  # a new key whose first write failed
-                    del self._moves.entries[key]
+                self._unclaim(entry)
 
     def _claim(self, key: str, spec: TensorSpec, *, evict: bool) -> tuple[Entry, int | None]:
         """Mark the entry of `key` busy and reserve room for a new value: its level, or None to write over the old one."""
@@ -279,19 +275,28 @@ class TieredStore:
             entry = moves.entries.get(key)
             if entry is None:
                 entry = moves.entries[key] = Entry(key, spec)
-            elif entry.busy:
+            elif entry.moving:
                 self._lock.wait()
                 continue
             if entry.leases and entry.spec != spec:
                 raise TierStoreError(f"{key!r} is leased as {entry.spec}; a value of another shape or dtype can be put after the lease")
             moves.mark_busy(entry)
-            level = None if entry.leases else self._reserve(spec.nbytes, evict=evict)
+            try:
+                level = None if entry.leases else self._reserve(spec.nbytes, evict=evict)
+            except BaseException:
+                self._unclaim(entry)
+                raise
             if level is not None or entry.leases or (entry.resident and entry.spec == spec):
                 return entry, level
-            moves.unmark_busy(entry)
-            if not entry.tiers:
-                del moves.entries[key]
+            self._unclaim(entry)
+            if not any(tier.ledger.fits(spec.nbytes) for tier in moves.tiers):
+                raise self._no_room(f"putting {key!r}", spec.nbytes)
             moves.wait_for_others(lambda: self._no_room(f"putting {key!r}", spec.nbytes))
+
+    def _unclaim(self, entry: Entry) -> None:
+        self._moves.unmark_busy(entry)
+        if not entry.tiers:  # a new key whose first write failed
+            del self._moves.entries[entry.key]
 
     def _reserve(self, nbytes: int, *, evict: bool) -> int | None:
         levels = range(len(self._moves.tiers))
@@ -304,15 +309,8 @@ class TieredStore:
     def _write(self, entry: Entry, level: int, tensor: torch.Tensor, spec: TensorSpec) -> None:
         """Write a value where its bytes are reserved; outdate the older copies only when it is complete."""
         tier = self._moves.tiers[level]
-        self._lock.release()
-        try:
+        with self._moves.writing(tier, entry.key, spec.nbytes):
             tier.backend.put(entry.key, tensor)
-        except BaseException:
-            self._lock.acquire()
-            tier.ledger.release(spec.nbytes)
-            raise
-        self._lock.acquire()
-        tier.drop_stale(entry.key)
         self._moves.invalidate(entry, keep=level)
         if level in entry.tiers:
             self._moves.removed(entry, level)

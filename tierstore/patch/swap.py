@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _OURS = ("_source", "_whole", "_is_param")
 
 
@@ -38,19 +39,16 @@ def _swap_payload(a: torch.Tensor, b: torch.Tensor) -> None:
     Unlike `torch.utils.swap_tensors` it allows weak references, which stay on the objects (RNNs keep some to their
     weights), and graphs that are alive.
     """
-    _swap_keeping(a, b, "_backward_hooks")
-    _swap_keeping(a, b, "_post_accumulate_grad_hooks")
+    hooks = [(name, getattr(a, name), getattr(b, name)) for name in _HOOKS]
+    for name, _, _ in hooks:  # they are tied to object and content both, and would come apart
+        setattr(a, name, None)
+        setattr(b, name, None)
     a.__class__, b.__class__ = b.__class__, a.__class__
     a.__dict__, b.__dict__ = b.__dict__, a.__dict__
     torch._C._swap_tensor_impl(a, b)  # type: ignore[attr-defined]
-
-
-def _swap_keeping(a: torch.Tensor, b: torch.Tensor, name: str) -> None:
-    """Exchange a hook table in advance: it lives in the content, and so comes back with the swap."""
-    of_a, of_b = getattr(a, name), getattr(b, name)
-    if of_a or of_b:
-        setattr(a, name, of_b)
-        setattr(b, name, of_a)
+    for name, of_a, of_b in hooks:
+        setattr(a, name, of_a)
+        setattr(b, name, of_b)
 
 
 def _pass_on(target: weakref.ref[torch.Tensor], old: torch.Tensor) -> None:

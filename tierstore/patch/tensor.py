@@ -47,9 +47,11 @@ class TieredTensor(Wrapper):
         if source.settled is not None:
             return self.show(source.settled)
         moves, entries = source.host.store.moves, list(source.entries())
-        with moves.lock:
-            moves.acquire(entries, "a compiled graph")
-        alias = self.show(source.read()).detach()
+        source.host.worked_on(0)
+        with torch._C._DisableTorchDispatch():  # compilers ask under a mode that would turn the bytes into fake ones
+            with moves.lock:
+                moves.acquire(entries, "a compiled graph")
+            alias = self.show(source.read()).detach()
         weakref.finalize(alias, source.host.release_later, entries, threading.get_ident()).atexit = False
         return alias
 
@@ -112,10 +114,6 @@ class TieredTensor(Wrapper):
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise UnsupportedTensorError(f"{self._source.name!r} is tiered and has no memory to share through dlpack; use .plain()")
-
-    def untyped_storage(self) -> NoReturn:
-        raise UnsupportedTensorError(f"{self._source.name!r} is tiered and has no storage of its own; use .plain()")
-
 
 
 @functools.cache

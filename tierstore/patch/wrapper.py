@@ -33,7 +33,10 @@ class Wrapper(torch.Tensor):
         return wrapper
 
     def view_of_source(self, geometry: Geometry) -> Wrapper:
-        """Return another view of the same source."""
+        """Return another view of the same source; like any view it is an inference tensor only if this one is."""
+        if torch.is_inference_mode_enabled() and not self.is_inference():
+            with torch.inference_mode(False), torch.no_grad():
+                return self.view_class.wrap(self._source, self.device, geometry)
         return self.view_class.wrap(self._source, self.device, geometry)
 
     def geometry(self) -> Geometry:
