@@ -173,7 +173,6 @@ class ZarrBackend(Backend):
             compressors=None,
             filters=None,
             fill_value=0,
-            zarr_format=3,
             attributes=_attributes(key, spec),
             config={"write_empty_chunks": True},  # or zeros would look like a lost chunk
         )

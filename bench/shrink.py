@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from inputs import guesses, make, repair, Guess
+from inputs import guesses, make, repair
 from small_config import RECIPES, Recipe, small_config
 
 transformers.logging.set_verbosity_error()
@@ -112,8 +112,9 @@ def forward(model, inputs):
     return out
 
 
-def fitting(model, seed, log):
+def fitting(model, seed, log, dropped=True):
     for guess in guesses(model):
+        if guess.without and not dropped: return None
         for _ in range(6):
             try:
                 inputs = make(model, guess, seed)
@@ -136,7 +137,8 @@ MAX_BYTES = 16 << 20
 
 def build(model_type: str, seed: int = 0, log=None) -> Sample:
     log = [] if log is None else log
-    for cls in classes(model_type)[:4]:
+    for dropped in (False, True):
+      for cls in classes(model_type)[:4]:
         for i, recipe in enumerate(RECIPES):
             try:
                 model = instance(cls, recipe, seed)
@@ -149,8 +151,9 @@ def build(model_type: str, seed: int = 0, log=None) -> Sample:
                 log.append((cls.__name__, i, f"{size >> 20} MiB"))
                 continue
             tries = []
-            found = fitting(model, seed, tries)
+            found = fitting(model, seed, tries, dropped)
             if found:
                 return Sample(model_type, cls.__name__, model, found[0], size, max(tensors.values()), f"r{i} {found[1]}")
             log.append((cls.__name__, i, tries))
+        if not any("input_ids" in inspect.signature(c.forward).parameters for c in classes(model_type)[:4]): break
     raise CannotBuild(model_type)

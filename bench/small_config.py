@@ -79,6 +79,7 @@ LIMITS: tuple[tuple[str, int], ...] = (
     (r"head_?dim$|^d_kv$|^d_head$|^dim_head$|head_size$|^kv_channels$|^mamba_d_head$|_dim_head$", HEAD_DIM),
     (r"position_embeddings$|^n_positions$|^n_ctx$|max_(source|target)_positions$|max_pos_emb|max_seq_len$|context_length$", 256),
     (r"num_conv_pos_embeddings", 16),
+    (r"^mm_tokens_per_image$", 4),
     (r"groups$", 4),
     (r"num_queries$|num_detection_tokens$|num_denoising$|num_proposals$|num_(\w+_)?quer(y|ies)\w*$|num_latents\w*$", 16),
     (r"^(num|n)_filters$", 4),
@@ -173,8 +174,10 @@ def shrink_list(key: str, values: list[Value], tree: Tree) -> list[Value]:
     if any(isinstance(v, (dict, list, tuple)) for v in values):
         return [shrink_node(v, tree) if isinstance(v, dict) else shrink_list(key, list(v), tree) if isinstance(v, (list, tuple)) else v for v in values]
     numbers = [v for v in values if type(v) is int]
-    if len(numbers) < len(values) or not values or KEEP.search(key) or IMAGE.search(key):
+    if len(numbers) < len(values) or not values or KEEP.search(key):
         return values
+    if IMAGE.search(key):
+        return [min(v, tree.recipe.image or v) for v in numbers]
     if TOKEN.search(key):
         return [tree.token(v) for v in numbers]
     if re.search(r"depths?$|num_(block_)?repeats|layers$|blocks", key):
@@ -239,7 +242,7 @@ def kept_layers(node: Node, count: int, most: int) -> list[int]:
             for kind, entry in zip(kinds, value, strict=True):
                 kind.append(str(entry))
         elif numbers := layer_numbers(key, value, count, node):
-            asked |= set(numbers) if len(numbers) <= MANY_LAYERS else set()
+            asked |= set(numbers) if len(numbers) <= MANY_LAYERS and not isinstance(value, dict) else set()
             for i, kind in enumerate(kinds):
                 kind.append(str(i in numbers))
     first: dict[str, int] = {}
@@ -266,7 +269,9 @@ def only_layers(key: str, value: Value, count: int, kept: list[int], node: Node)
         return len(kept) if value == count and re.search(ONE_PER_LAYER, key) else value
     if isinstance(value, (list, tuple)) and len(value) == count:
         return [value[i] for i in kept]
-    if key in ("stage_names", "out_features") and isinstance(value, (list, tuple)) and "stage_names" in node:
+    if key == "stage_names" and isinstance(value, (list, tuple)):
+        return ["stem", *(f"stage{i + 1}" for i in range(len(kept)))]
+    if key == "out_features" and "stage_names" in node:
         return None
     numbers = layer_numbers(key, value, count, node)
     if not numbers:

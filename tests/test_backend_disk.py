@@ -522,6 +522,9 @@ def test_a_flipped_bit_anywhere_in_a_header_is_found(root: Path, store: DiskBack
     store.close()
     file = store.file_of("key")
     content = file.read_bytes()
+    file.write_bytes(content.replace(b"[6, 3, 1]", b"[7, 3, 1]"))  # as many bytes, since that dimension has one element
+    with pytest.raises(CorruptionError, match="checksum"):
+        DiskBackend(root)
     end = content.index(b"  ") + 2  # two of the padding's spaces
     for position in range(end):
         damaged = bytearray(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import hashlib
 import json
 import os
 import subprocess
@@ -236,6 +237,12 @@ def test_any_text_is_a_key(keys: list[str]) -> None:
 @given(CLOSE_TEXT, CLOSE_TEXT)
 def test_two_keys_never_share_a_name_even_without_case(one: str, other: str) -> None:
     assert (node_name(one).casefold() == node_name(other).casefold()) == (one == other)
+
+
+def test_a_key_that_spells_the_hash_of_another_has_a_name_of_its_own() -> None:
+    long = "x" * 500
+    assert node_name(hashlib.sha256(long.encode()).hexdigest()) != node_name(long)
+    assert node_name(node_name(long)) != node_name(long)
 
 
 def test_names_are_short_readable_and_plain() -> None:

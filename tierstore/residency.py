@@ -57,6 +57,16 @@ class Residency:
         if self.closed:
             raise ClosedError("this store is closed; open a new one")
 
+    def close(self) -> bool:
+        """Refuse whatever comes and wait until no entry moves; False if another thread did so before."""
+        if self.closed:
+            return False
+        self.closed = True
+        self.wake()
+        while self._busy:
+            self.lock.wait()
+        return True
+
     # -- room ---------------------------------------------------------------------------------------------------
 
     def make_room(self, level: int, nbytes: int) -> bool:
@@ -152,11 +162,11 @@ class Residency:
     @staticmethod
     def _transfer(source: Tier, target: Tier, key: str) -> None:
         tensor = source.backend.get(key)
-        adoptable = isinstance(source.backend, MappedBackend) and isinstance(target.backend, MemoryBackend)
-        if adoptable and tensor.device == target.backend.device:
-            target.backend.adopt(key, tensor)
+        taker = target.backend
+        if isinstance(source.backend, MappedBackend) and isinstance(taker, MemoryBackend) and tensor.device == taker.device:
+            taker.adopt(key, tensor)
         else:
-            target.backend.put(key, tensor)
+            taker.put(key, tensor)
 
     def added(self, entry: Entry, level: int) -> None:
         """Record that a tier, where the bytes are reserved, now holds the newest value of `entry`."""
@@ -225,6 +235,22 @@ class Residency:
             self.check_open()
         if started is not None:
             self.counters.stall_seconds += time.perf_counter() - started
+        return True
+
+    def lease_resident(self, entry: Entry, headroom: int) -> bool:
+        """Lease an entry if that takes no move and leaves `headroom` bytes free of leases: the short way of `acquire`."""
+        if entry.busy or 0 not in entry.tiers:
+            return False
+        if entry.leases == 0:
+            budget = self.tiers[0].ledger.budget
+            if budget is not None and self.leased_bytes + entry.nbytes + headroom > budget:
+                return False
+            self.leased_bytes += entry.nbytes
+        entry.leases += 1
+        me = threading.get_ident()
+        self._held[me] = self._held.get(me, 0) + entry.nbytes
+        self.counters.hits += 1
+        self.tiers[0].policy.access(entry.key)
         return True
 
     def _try_acquire(self, wanted: list[Entry], headroom: int) -> bool:

@@ -25,7 +25,7 @@ from tierstore.store import TieredStore
 from tierstore.tier import Tier
 
 if TYPE_CHECKING:
-    from tierstore.patch.attach import Progress
+    pass
 
 Models = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.nn.Module]
 Disk = str | os.PathLike[str] | Backend | tuple[str | os.PathLike[str] | Backend, Size]
@@ -142,13 +142,13 @@ def _shown(budget: int | None) -> str:
 
 
 def _progress(regions: Iterable[Region]) -> Iterable[Region]:
-    total = list(regions)
-    return tqdm(total, desc="placing weights", unit="tensor", delay=1.0, leave=False)
+    bar: Iterable[Region] = tqdm(list(regions), desc="placing weights", unit="tensor", delay=1.0, leave=False)
+    return bar
 
 
 def _reject_unbuilt(*, train: bool, checkpoint: object, dtype: object) -> None:
     if train:
-        raise TierStoreError("train=True (gradients and optimizer state in the store) is not available yet; plain training inside the `with` works without it")
+        raise TierStoreError("train=True (gradients and optimizer state in tiers) is not available yet; ordinary training works without it")
     if checkpoint is not None or dtype is not None:
         raise TierStoreError("checkpoint= and dtype= are not available yet; load the weights into the model first")
 

@@ -62,7 +62,8 @@ def storable(tensor: torch.Tensor) -> torch.Tensor:
         raise UnsupportedTensorError("a tensor on the meta device has no data to store")
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise UnsupportedTensorError(
-            f"only strided tensors can be stored, got layout {tensor.layout}, dtype {tensor.dtype}; convert it first (.to_dense(), .dequantize())"
+            f"only strided tensors can be stored, got layout {tensor.layout}, dtype {tensor.dtype}; "
+            "convert it first (.to_dense(), .dequantize())"
         )
     if hasattr(tensor, "__tensor_flatten__"):
         raise UnsupportedTensorError(

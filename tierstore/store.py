@@ -14,6 +14,7 @@ from tierstore.errors import BudgetError, TierStoreError
 from tierstore.lease import Lease
 from tierstore.policy import PolicyFactory, policy_factory
 from tierstore.residency import Residency
+from tierstore.sizes import Size, parse_size
 from tierstore.spec import TensorSpec, raw_bytes, storable
 from tierstore.stats import Stats, TierStats
 from tierstore.tier import Tier
@@ -39,8 +40,13 @@ class TieredStore:
         self._moves = Residency(tiers)
         self._lock = self._moves.lock
         self._background: ThreadPoolExecutor | None = None
-        for level in range(len(tiers)):
-            self._find_stored(level)
+        try:
+            for level in range(len(tiers)):
+                self._find_stored(level)
+        except BaseException:
+            for tier in tiers:
+                tier.backend.close()
+            raise
 
     # -- values -------------------------------------------------------------------------------------------------
 
@@ -62,14 +68,18 @@ class TieredStore:
         `changed`. Raises `KeyError` if there is none, `BudgetError` if it can never be resident.
         """
         moves = self._moves
+        if not moves.tiers[0].memory:
+            with self.lease(key) as tensors:
+                return tensors[0]
         with self._lock:
             entry = moves.entry(key)
             if entry.tensor is not None and not entry.busy:
                 moves.counters.hits += 1
                 moves.tiers[0].policy.access(key)
                 return entry.tensor
-        with self.lease(key) as tensors:
-            return tensors[0]
+            moves.acquire([entry], "get")
+            moves.release([entry])  # in the same turn of the lock, so that no other thread meets this lease
+            return moves.tiers[0].backend.get(key) if entry.tensor is None else entry.tensor
 
     def lease(self, *keys: str) -> Lease:
         """Return a context manager: inside, the values are resident and stay so; it yields them in the order of `keys`.
@@ -139,13 +149,18 @@ class TieredStore:
                 if entry.resident and not entry.leases and not self._moves.evict(entry, 0):
                     raise self._no_room(f"offloading {entry.key!r}", entry.nbytes)
 
-    def resize(self, tier: str, budget: int | None) -> None:
-        """Change the budget of a tier to `budget` bytes, evicting at once what no longer fits.
+    def resize(self, tier: str, budget: Size | None) -> None:
+        """Change the budget of a tier to `budget` (None: no limit), evicting at once what no longer fits.
 
         Raises `BudgetError`, with the old budget kept, if leased entries alone exceed it.
         """
+        budget = None if budget is None else parse_size(budget)
+        names = [t.name for t in self._moves.tiers]
+        if tier not in names:
+            raise TierStoreError(f"no tier is called {tier!r}; give one of {names}")
         with self._lock:
-            level = [t.name for t in self._moves.tiers].index(tier)
+            self._moves.check_open()
+            level = names.index(tier)
             ledger = self._moves.tiers[level].ledger
             before, ledger.budget = ledger.budget, budget
             try:
@@ -159,7 +174,7 @@ class TieredStore:
                     f"shrinking to {budget} bytes", tier=tier, required_bytes=ledger.used, budget_bytes=budget or 0,
                     hint="release leases first, or give the tiers below more room",
                 )  # fmt: skip
-            self._lock.notify_all()
+            self._moves.wake()
 
     def tier_of(self, key: str) -> str:
         """Return the name of the fastest tier that holds the value of `key`."""
@@ -200,6 +215,7 @@ class TieredStore:
         last = len(self._moves.tiers) - 1
         with self._lock:
             self._moves.check_open()
+            self._check_fits_all(self._moves.tiers[last])
             for entry in list(self._moves.entries.values()):
                 self._moves.wait_until_idle(entry)
                 if last in entry.tiers or self._moves.entries.get(entry.key) is not entry:
@@ -211,18 +227,31 @@ class TieredStore:
                     self._moves.copy(entry, min(entry.tiers), last)
                 finally:
                     self._moves.unmark_busy(entry)
+            for tier in self._moves.tiers[:-1]:  # or an older version in a persistent one would be found first
+                for key in list(tier.stale):
+                    self._moves.delete_stale(tier, key)
+
+    def _check_fits_all(self, tier: Tier) -> None:
+        """Raise before anything moves if a tier cannot hold every value at once."""
+        total = sum(entry.nbytes for entry in self._moves.entries.values())
+        if not tier.ledger.fits(total):
+            raise BudgetError(
+                "flushing", tier=tier.name, required_bytes=total, budget_bytes=tier.ledger.budget or 0,
+                hint=f"raise the budget of {tier.name!r}, delete values, or close(flush=False) to lose them",
+            )  # fmt: skip
 
     def close(self, *, flush: bool | None = None) -> None:
         """Flush (by default if the last tier outlives the process), then close every backend. Closing twice is fine."""
         if self._moves.closed:
             return
-        if self._background is not None:
-            self._background.shutdown(wait=True, cancel_futures=True)
+        background, self._background = self._background, None
+        if background is not None:
+            background.shutdown(wait=True, cancel_futures=True)
         if flush if flush is not None else self._persistent(self._moves.tiers[-1].backend):
             self.flush()
         with self._lock:
-            self._moves.closed = True
-            self._lock.notify_all()
+            if not self._moves.close():
+                return
         for tier in self._moves.tiers:
             tier.backend.close()
 
@@ -337,9 +366,9 @@ class TieredStore:
             with self._lock:
                 if self._moves.closed:
                     return
-                if not entry.resident and self._moves.entries.get(entry.key) is entry:
-                    if self._moves.acquire([entry], "prefetching", wait=False):
-                        self._moves.release([entry])
+                wanted = not entry.resident and self._moves.entries.get(entry.key) is entry
+                if wanted and self._moves.acquire([entry], "prefetching", wait=False):
+                    self._moves.release([entry])
 
     def _count(self, level: int) -> int:
         return sum(level in entry.tiers for entry in self._moves.entries.values())

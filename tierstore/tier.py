@@ -17,7 +17,9 @@ class Tier:
 
     def __init__(self, name: str, backend: Backend, budget: Size | None = None) -> None:
         if not isinstance(backend, Backend):
-            raise TierStoreError(f"tier {name!r} needs a tierstore.Backend, got {type(backend).__name__}; tierstore.open_backend(name, ...) makes one")
+            raise TierStoreError(
+                f"tier {name!r} needs a tierstore.Backend, got {type(backend).__name__}; tierstore.open_backend(name, ...) makes one"
+            )
         self.name = name
         self.backend = backend
         self.ledger = Ledger(None if budget is None else parse_size(budget))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -15,10 +14,11 @@ from tierstore.backend import MappedBackend
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, TierStoreError
 from tierstore.patch.regions import Binding, Region, check_model, find_regions, named_tensors
+from tierstore.patch.restore import give_back_held, move_plain, restore_binding, settle
 from tierstore.patch.scope import install_scope, remove_scope
 from tierstore.patch.source import EntrySource, Host, Source, typed_part
 from tierstore.patch.swap import replace_content
-from tierstore.patch.tensor import TieredTensor, tiered_class
+from tierstore.patch.tensor import tiered_class
 from tierstore.patch.wrapper import Wrapper
 from tierstore.residency import Residency
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
@@ -76,7 +76,12 @@ class Attachment(Host):
         if budget is not None:
             largest = max(regions, key=lambda region: region.spec.nbytes, default=None)
             if largest is not None and largest.spec.nbytes > budget:
-                raise BudgetError(f"any operation on {largest.name!r}", tier=self.moves.tiers[0].name, required_bytes=largest.spec.nbytes, budget_bytes=budget)
+                raise BudgetError(
+                    f"any operation on {largest.name!r}",
+                    tier=self.moves.tiers[0].name,
+                    required_bytes=largest.spec.nbytes,
+                    budget_bytes=budget,
+                )
         budgets = [tier.ledger.budget for tier in self.moves.tiers]
         total = sum(region.spec.nbytes for region in regions)
         if None not in budgets and total > (room := sum(b for b in budgets if b is not None)):
@@ -133,7 +138,7 @@ class Attachment(Host):
             if base.device != self.device:
                 base = typed_view(raw_bytes(base).to(self.device), region.spec)
                 for binding in region.bindings:
-                    _move_plain(binding.tensor, typed_part(base, binding.geometry.spec, binding.geometry.offset))
+                    move_plain(binding.tensor, typed_part(base, binding.geometry.spec, binding.geometry.offset))
         with self.moves.lock:
             entry = Entry(self._free_key(region.name), region.spec)
             assert tier.ledger.reserve(entry.nbytes), "held tensors were checked to fit"
@@ -235,8 +240,13 @@ class Attachment(Host):
         """A module was put into one of ours: take its tensors too."""
         if module is None or parent not in self._modules or all(part in self._modules for part in module.modules()):
             return
-        new = {path: tensor for path, tensor in named_tensors({name: module}) if id(tensor) not in self._bound and not isinstance(tensor, Wrapper)}
-        check_model({name: part for part in [module] if not self._ours(part)})
+        new = {
+            path: tensor
+            for path, tensor in named_tensors({name: module})
+            if id(tensor) not in self._bound and not isinstance(tensor, Wrapper)
+        }
+        if not self._ours(module):
+            check_model({name: module})
         self._take(find_regions(new.items()), [module], iter)
 
     def _ours(self, module: torch.nn.Module) -> bool:
@@ -318,59 +328,3 @@ class Attachment(Host):
             except (TierStoreError, OSError) as error:
                 errors.append(error)
         return errors
-
-
-def _move_plain(tensor: torch.Tensor, part: torch.Tensor) -> None:
-    """Put a plain tensor, and its gradient, where `part` is."""
-    gradient, tensor.grad = tensor.grad, None
-    tensor.data = part
-    if gradient is not None:
-        tensor.grad = gradient.to(part.device)
-
-
-def settle(store: TieredStore, source: EntrySource, device: torch.device | None) -> None:
-    """Give `source` its final plain tensor, on `device`; bytes in memory are handed over, files are mapped, nothing is doubled."""
-    moves = store.moves
-    with moves.lock:
-        moves.wait_until_idle(source.entry)
-        level = min(source.entry.tiers)
-    tensor = moves.tiers[level].backend.get(source.entry.key)
-    if device is not None and tensor.device != device:
-        tensor = typed_view(raw_bytes(tensor).to(device), source.spec)
-    source.settled = tensor
-
-
-def restore_binding(binding: Binding) -> None:
-    """Turn a TieredTensor back into a plain tensor over its settled bytes; one that a user replaced, or whose bytes are lost, stays."""
-    wrapper = binding.tensor
-    if not isinstance(wrapper, Wrapper):
-        return
-    source = wrapper._source
-    if any(True for _ in source.entries()):
-        return  # not settled: its bytes could not be read
-    geometry = wrapper.geometry()
-    with torch.inference_mode(False), torch.no_grad():
-        plain = typed_part(source.read(), geometry.spec, geometry.offset)
-        if plain.device != binding.device:
-            plain = plain.to(binding.device)
-        if issubclass(binding.kind, torch.nn.Parameter):
-            plain = torch.Tensor._make_subclass(binding.kind, plain, wrapper.requires_grad)
-        elif wrapper.requires_grad:
-            plain.requires_grad_()
-    replace_content(wrapper, plain)
-
-
-def give_back_held(region: Region, entry: Entry) -> None:
-    """Move held tensors back to the device they came from; where that is the compute device they never left."""
-    base = entry.tensor
-    assert base is not None
-    for device in {binding.device for binding in region.bindings} - {base.device}:
-        with torch.inference_mode(False), torch.no_grad():
-            moved = typed_view(raw_bytes(base).to(device), region.spec)
-        for binding in region.bindings:
-            tensor = binding.tensor
-            if tensor.device == device:
-                continue
-            shared = tensor.untyped_storage()._cdata == base.untyped_storage()._cdata
-            part = typed_part(moved, TensorSpec.of(tensor), tensor.storage_offset()) if shared else tensor.detach().to(device)
-            _move_plain(tensor, part)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from tierstore.entry import Entry
 from tierstore.errors import ModelError, UnsupportedTensorError
-from tierstore.patch.ops import Geometry, Kind, Op, describe, view_geometry
-from tierstore.patch.source import CopySource, Host, Source
+from tierstore.patch.ops import Kind, Op, describe, view_geometry
+from tierstore.patch.source import CopySource, Host
 from tierstore.patch.wrapper import Wrapper
 from tierstore.spec import TensorSpec
 
@@ -37,7 +36,8 @@ def dispatch(func: Any, args: Args, kwargs: Kwargs) -> Any:
                 return func(_stand_in(first), *args[1:], **{**kwargs, "device": kwargs.get("device") or first.device})
             if op.kind is Kind.RESHAPES:
                 raise UnsupportedTensorError(
-                    f"{func} would change the shape of {first._source.name!r} in place, which a tiered tensor cannot do; assign a new Parameter to the module"
+                    f"{func} would change the shape of {first._source.name!r} in place, which a tiered tensor "
+                    "cannot do; assign a new Parameter to the module"
                 )
     if op.kind is Kind.EACH:
         return _each(func, op, args, kwargs)
@@ -90,7 +90,9 @@ def _lazy_copy(func: Any, wrapper: Wrapper, kwargs: Kwargs) -> Wrapper:
     options = {name: value for name, value in kwargs.items() if name not in ("device", "non_blocking")}
     spec = TensorSpec.of(func(_stand_in(wrapper), **options))
     original = wrapper.view_of_source(wrapper.geometry())
-    source = CopySource(spec, wrapper._source, functools.partial(_copy_now, func, original, options), f"{wrapper._source.name} as {spec.dtype}")
+    source = CopySource(
+        spec, wrapper._source, functools.partial(_copy_now, func, original, options), f"{wrapper._source.name} as {spec.dtype}"
+    )
     return wrapper.view_class.wrap(source, wrapper.device)
 
 
@@ -120,29 +122,39 @@ def _each(func: Any, op: Op, args: Args, kwargs: Kwargs) -> Any:
 
 def _compute(func: Any, op: Op, args: Args, kwargs: Kwargs) -> Any:
     """Lease what the arguments stand for, run `func` on plain tensors, and record what it wrote."""
-    wrappers = list(_wrappers((*args, *kwargs.values())))
-    written = list(_wrappers([*(args[i] for i in op.written if i < len(args)), *(kwargs[n] for n in op.written_names if n in kwargs)]))
+    wrappers = _wrappers(args)
+    if kwargs:
+        wrappers += _wrappers(kwargs.values())
+    written = _written(op, args, kwargs) if op.written or op.written_names else []
     for wrapper in written:
         wrapper._source.before_write()
-    with leased({wrapper._source: None for wrapper in wrappers}, func):
+    held = _acquire(wrappers, func)
+    try:
         plain = {id(wrapper): wrapper.show(wrapper._source.read()) for wrapper in wrappers}
         try:
-            result = func(*(_replace(a, plain) for a in args), **{name: _replace(a, plain) for name, a in kwargs.items()})
+            result = func(*[_replace(a, plain) for a in args], **{name: _replace(a, plain) for name, a in kwargs.items()})
         finally:
             for wrapper in written:
                 wrapper._source.after_write()
+    finally:
+        _release(held)
     return _rewrap(result, {id(plain[id(wrapper)]): wrapper for wrapper in written}) if written else result
 
 
-def _wrappers(values: Iterable[Any]) -> Iterator[Wrapper]:
-    """Yield the wrappers among operator arguments, which nest at most one list deep."""
+def _written(op: Op, args: Args, kwargs: Kwargs) -> list[Wrapper]:
+    positional = [args[i] for i in op.written if i < len(args)]
+    return _wrappers([*positional, *(kwargs[name] for name in op.written_names if name in kwargs)])
+
+
+def _wrappers(values: Iterable[Any]) -> list[Wrapper]:
+    """Return the wrappers among operator arguments, which nest at most one list deep."""
+    found: list[Wrapper] = []
     for value in values:
         if isinstance(value, Wrapper):
-            yield value
+            found.append(value)
         elif isinstance(value, list | tuple):
-            for item in value:
-                if isinstance(item, Wrapper):
-                    yield item
+            found += [item for item in value if isinstance(item, Wrapper)]
+    return found
 
 
 def _replace(value: Any, plain: dict[int, torch.Tensor]) -> Any:
@@ -162,30 +174,31 @@ def _rewrap(result: Any, wrappers: dict[int, Wrapper]) -> Any:
     return result
 
 
-@contextmanager
-def leased(sources: Iterable[Source], func: Any) -> Iterator[None]:
-    """Hold all entries behind `sources` resident for one operation."""
-    by_host: dict[Host, list[Entry]] = {}
-    for source in sources:
-        entries = source.entries()
-        if entries:
-            by_host.setdefault(source.host, []).extend(entries)
-    held: list[tuple[Host, list[Entry]]] = []
+def _acquire(wrappers: list[Wrapper], func: Any) -> dict[Host, list[Entry]]:
+    """Lease all entries behind `wrappers`, per store at once; return what to give back."""
+    wanted: dict[Host, list[Entry]] = {}
+    for wrapper in wrappers:
+        source = wrapper._source
+        if source.settled is None:
+            entries = wanted.setdefault(source.host, [])
+            entries += [entry for entry in source.entries() if entry not in entries]
+    held: dict[Host, list[Entry]] = {}
     try:
-        for host, entries in by_host.items():
-            _acquire(host, entries, func)
-            held.append((host, entries))
-        yield
-    finally:
-        for host, entries in held:
+        for host, entries in wanted.items():
+            host.worked_on(sum(entry.nbytes for entry in entries))
             moves = host.store.moves
             with moves.lock:
-                moves.release(entries)
+                if len(entries) != 1 or not moves.lease_resident(entries[0], 0):
+                    moves.acquire(entries, func)
+            held[host] = entries
+    except BaseException:
+        _release(held)
+        raise
+    return held
 
 
-def _acquire(host: Host, entries: list[Entry], func: Any) -> None:
-    moves = host.store.moves
-    entries[:] = dict.fromkeys(entries)
-    host.worked_on(sum(entry.nbytes for entry in entries))
-    with moves.lock:
-        moves.acquire(entries, func)
+def _release(held: dict[Host, list[Entry]]) -> None:
+    for host, entries in held.items():
+        moves = host.store.moves
+        with moves.lock:
+            moves.release(entries)

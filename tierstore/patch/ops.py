@@ -85,7 +85,10 @@ class Geometry:
     offset: int
 
 
-def view_geometry(func: Any, base: Geometry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Geometry | list[Geometry] | None:
+View = Geometry | list[Geometry] | None
+
+
+def view_geometry(func: Any, base: Geometry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> View:
     """Return what `func` makes of a view of geometry `base`; None for a result that geometry cannot describe (a lazy conjugate)."""
     try:
         return _cached_geometry(func, base, _frozen(args), tuple(kwargs.items()))
@@ -94,7 +97,7 @@ def view_geometry(func: Any, base: Geometry, args: tuple[Any, ...], kwargs: dict
 
 
 @functools.lru_cache(maxsize=8192)
-def _cached_geometry(func: Any, base: Geometry, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> Any:
+def _cached_geometry(func: Any, base: Geometry, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> View:
     return _geometry(func, base, args, dict(kwargs))
 
 
@@ -102,20 +105,20 @@ def _frozen(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(tuple(value) if isinstance(value, list) else value for value in args)
 
 
-def _geometry(func: Any, base: Geometry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _geometry(func: Any, base: Geometry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> View:
     """Run the view on a meta tensor whose storage starts where the source starts, so that absolute offsets come out right."""
     itemsize = base.spec.dtype.itemsize
     with torch.inference_mode(False), torch.no_grad():
-        storage = torch.UntypedStorage((base.offset + base.spec.extent) * itemsize, device="meta")
+        storage = torch.UntypedStorage((base.offset + base.spec.extent) * itemsize, device="meta")  # type: ignore[no-untyped-call]
         meta = torch.empty(0, dtype=base.spec.dtype, device="meta").set_(storage, base.offset, base.spec.shape, base.spec.stride)
         result = func(meta, *args, **kwargs)
     if isinstance(result, torch.Tensor):
         return _of_meta(result)
-    parts = [_of_meta(part) for part in result]
-    return None if None in parts else parts
+    parts = [part for part in map(_of_meta, result) if part is not None]
+    return parts if len(parts) == len(result) else None
 
 
 def _of_meta(meta: torch.Tensor) -> Geometry | None:
     if meta.is_conj() or meta.is_neg():
         return None
-    return Geometry(TensorSpec.of(meta), meta.storage_offset())
+    return Geometry(TensorSpec.of(meta), int(meta.storage_offset()))

@@ -68,12 +68,16 @@ def _check_module(path: str, module: torch.nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelError(f"{path!r} is a TorchScript module, whose weights are read from C++; pass the original module")
     if hasattr(module, "_hf_hook"):
-        raise ModelError(f"{path!r} carries accelerate's hooks; remove them first: accelerate.hooks.remove_hook_from_module(model, recurse=True)")
+        raise ModelError(
+            f"{path!r} carries accelerate's hooks; remove them first: accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
     if hasattr(module, "_diffusers_hook"):
         raise ModelError(f"{path!r} carries diffusers' hooks; load the pipeline without offloading")
     for table in (module._parameters, module._buffers):
         if not type(table).__module__.startswith(("builtins", "collections", "tierstore.")):
-            raise ModelError(f"the parameters of {path!r} are managed by {type(table).__module__}.{type(table).__name__}; remove that first")
+            raise ModelError(
+                f"the parameters of {path!r} are managed by {type(table).__module__}.{type(table).__name__}; remove that first"
+            )
 
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:
@@ -82,9 +86,13 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
     if torch.nn.parameter.is_lazy(tensor):
         raise ModelError(f"{name!r} is not initialised yet; run the model once so that lazy modules get their shapes")
     if tensor.device.type == "meta":
-        raise ModelError(f"{name!r} is on the meta device and has no data; load the weights first (for example load_state_dict(..., assign=True))")
+        raise ModelError(
+            f"{name!r} is on the meta device and has no data; load the weights first (for example load_state_dict(..., assign=True))"
+        )
     if not _inert(type(tensor)):
-        raise ModelError(f"{name!r} is a {type(tensor).__name__}, which intercepts operations itself; convert it to a plain Parameter first")
+        raise ModelError(
+            f"{name!r} is a {type(tensor).__name__}, which intercepts operations itself; convert it to a plain Parameter first"
+        )
     try:
         storable(tensor)
     except UnsupportedTensorError as error:
@@ -117,7 +125,7 @@ def find_regions(named: Iterable[tuple[str, torch.Tensor]]) -> list[Region]:
 
 
 def _span(binding: Binding) -> tuple[int, int]:
-    start = binding.tensor.storage_offset() * binding.tensor.dtype.itemsize
+    start = int(binding.tensor.storage_offset()) * binding.tensor.dtype.itemsize
     return start, start + binding.geometry.spec.nbytes
 
 

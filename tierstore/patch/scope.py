@@ -48,13 +48,13 @@ class Scope:
         module = self._module()
         assert module is not None
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return module._call_impl(*args, **kwargs)
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         thread = threading.get_ident()
         if thread in self._frames:
-            return module._call_impl(*args, **kwargs)
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         frame = self._frames[thread] = Frame(self._room)
         try:
-            return module._call_impl(*args, **kwargs)
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         finally:
             del self._frames[thread]
             frame.close()
@@ -85,10 +85,13 @@ class Frame:
             return value
         entry = source.entry
         if entry not in self._handed:
-            moves = self._room.moves
+            room = self._room
+            moves = room.moves
             with moves.lock:
-                if not moves.acquire([entry], "a module scope", headroom=self._room.headroom, wait=False):
-                    return value
+                if not moves.lease_resident(entry, room.headroom):
+                    with torch._C._DisableTorchDispatch():  # what moves is no business of the caller's modes
+                        if not moves.acquire([entry], "a module scope", headroom=room.headroom, wait=False):
+                            return value
             plain = _plain_of(entry, value)
             self._handed[entry] = (plain, plain._version)
             return plain
@@ -112,7 +115,7 @@ class ResidentParameter(torch.nn.Parameter):
 
     _tiered: TieredTensor
 
-    @property  # type: ignore[override]
+    @property
     def data(self) -> torch.Tensor:
         return self._tiered.data
 
@@ -139,7 +142,7 @@ def _plain_of(entry: Entry, value: TieredTensor) -> torch.Tensor:
     return plain
 
 
-class ScopedParameters(dict[str, "torch.nn.Parameter | None"]):
+class ScopedParameters(dict[str, Any]):
     """A module's `_parameters`: reading one by name inside a scope gives the plain tensor, iterating moves nothing."""
 
     def __init__(self, original: dict[str, torch.nn.Parameter | None], scope: Scope) -> None:

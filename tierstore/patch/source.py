@@ -228,5 +228,3 @@ def typed_part(base: torch.Tensor, spec: TensorSpec, offset: int) -> torch.Tenso
         base.untyped_storage(), base.storage_offset() * base.dtype.itemsize, (0,), (1,)
     )
     return typed_view(raw, spec, offset)
-
-

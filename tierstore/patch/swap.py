@@ -24,13 +24,13 @@ def replace_content(target: torch.Tensor, content: torch.Tensor) -> None:
     """
     content.__dict__.update(own_attributes(target))
     if isinstance(target, torch.nn.Parameter) and not isinstance(content, torch.nn.Parameter):
-        content._is_param = True  # type: ignore[attr-defined]
+        content._is_param = True
     gradient, target.grad = target.grad, None
     _swap_payload(target, content)
     if gradient is not None:
         target.grad = gradient.to(target.device)
     if content.requires_grad and content._use_count() > 1:  # type: ignore[attr-defined]
-        content.register_post_accumulate_grad_hook(functools.partial(_pass_on, weakref.ref(target)))
+        content.register_post_accumulate_grad_hook(functools.partial(_pass_on, weakref.ref(target)))  # type: ignore[no-untyped-call]
 
 
 def _swap_payload(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -45,7 +45,7 @@ def _swap_payload(a: torch.Tensor, b: torch.Tensor) -> None:
         setattr(b, name, None)
     a.__class__, b.__class__ = b.__class__, a.__class__
     a.__dict__, b.__dict__ = b.__dict__, a.__dict__
-    torch._C._swap_tensor_impl(a, b)  # type: ignore[attr-defined]
+    torch._C._swap_tensor_impl(a, b)
     for name, of_a, of_b in hooks:
         setattr(a, name, of_a)
         setattr(b, name, of_b)

@@ -31,7 +31,9 @@ class TieredTensor(Wrapper):
     stands_for: ClassVar[type[torch.Tensor]] = torch.nn.Parameter
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         return dispatch(func, args, kwargs or {})
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ class TieredTensor(Wrapper):
 
     # -- what plain tensors do in C -----------------------------------------------------------------------------
 
-    @property  # type: ignore[override]
+    @property
     def data(self) -> torch.Tensor:
         return self.detach()
 
@@ -98,7 +100,7 @@ class TieredTensor(Wrapper):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._plain_like(self.plain()).__reduce_ex__(protocol)
+        return self._plain_like(self.plain()).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def _plain_like(self, plain: torch.Tensor) -> torch.Tensor:
         """Return `plain` as what this tensor stands for: a Parameter with the same flag and attributes, or a tensor."""
@@ -110,7 +112,9 @@ class TieredTensor(Wrapper):
         return plain
 
     def share_memory_(self) -> NoReturn:
-        raise UnsupportedTensorError(f"{self._source.name!r} is tiered and cannot be put into shared memory; use .plain() or leave the `with` first")
+        raise UnsupportedTensorError(
+            f"{self._source.name!r} is tiered and cannot be put into shared memory; use .plain() or leave the `with` first"
+        )
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise UnsupportedTensorError(f"{self._source.name!r} is tiered and has no memory to share through dlpack; use .plain()")

@@ -14,7 +14,7 @@ from tierstore.spec import TensorSpec
 class Wrapper(torch.Tensor):
     """Shape, dtype and device of a view of a `Source`; the bytes are the source's."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     view_class: ClassVar[type[Wrapper]]
     _source: Source
     _whole: bool  # True if it is all of the source, with the source's own geometry
@@ -24,7 +24,7 @@ class Wrapper(torch.Tensor):
         """Make a wrapper on `device` that shows `geometry` of `source`, or all of it."""
         whole = geometry is None or (geometry.offset == 0 and geometry.spec == source.spec)
         spec, offset = (source.spec, 0) if geometry is None else (geometry.spec, geometry.offset)
-        wrapper: Self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        wrapper: Self = torch.Tensor._make_wrapper_subclass(
             cls, spec.shape, strides=spec.stride, storage_offset=offset, dtype=spec.dtype, device=device, requires_grad=requires_grad
         )
         torch._C._set_throw_on_mutable_data_ptr(wrapper)  # data_ptr() would be 0 in silence
@@ -40,9 +40,9 @@ class Wrapper(torch.Tensor):
         return self.view_class.wrap(self._source, self.device, geometry)
 
     def geometry(self) -> Geometry:
-        return Geometry(TensorSpec.of(self), self.storage_offset())
+        return Geometry(TensorSpec.of(self), int(self.storage_offset()))
 
     def show(self, base: torch.Tensor) -> torch.Tensor:
         """Return this tensor's part of `base`, the plain tensor of its source."""
-        part = base if self._whole else typed_part(base, TensorSpec.of(self), self.storage_offset())
+        part = base if self._whole else typed_part(base, TensorSpec.of(self), int(self.storage_offset()))
         return part if part.device == self.device else part.to(self.device)  # a settled source may lie elsewhere

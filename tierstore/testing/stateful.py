@@ -32,7 +32,8 @@ KEYS = ("a", "b", "c", "d", "e", "f", "layers.0.weight", "../odd key", "\u00fc/\
 DTYPES = (torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.float8_e5m2, torch.int64)
 CALLS: tuple[Call, ...] = ("put", "get", "delete", "adopt")
 MOMENTS: tuple[Moment, ...] = ("before", "halfway")
-BUDGETS = (0, 900, 1500, 2000, 2600, 4000)
+BUDGETS = (0, 900, 1500, 1500, 1500, 2000, 2000, 2600)
+MOST_LEASES = 3  # at once: more would leave nothing to evict
 TOO_LARGE = 1500  # elements of the main dimension: more than a bounded tier here takes
 
 
@@ -43,7 +44,8 @@ def memory_only(directory: Path) -> list[Tier]:
 
 def three_memories(directory: Path) -> list[Tier]:
     """Three memory tiers, the last without limit."""
-    return [Tier("gpu", open_backend("device", "cpu"), 1500), Tier("cpu", open_backend("pinned"), 2000), Tier("far", open_backend("device"))]
+    far = open_backend("device", "cpu")
+    return [Tier("gpu", open_backend("device", "cpu"), 1500), Tier("cpu", open_backend("pinned"), 2000), Tier("far", far)]
 
 
 def disk_last(directory: Path) -> list[Tier]:
@@ -95,6 +97,10 @@ class StoreMachine(RuleBasedStateMachine):
     def put(self, key: str, tensor: torch.Tensor, fill: bool) -> None:
         self.twin.put(key, tensor, fill=fill)
 
+    @rule(key=_keys, seed=st.integers(0, 99))
+    def put_like(self, key: str, seed: int) -> None:
+        self.twin.put_like(key, seed)
+
     @rule(key=_keys)
     def get(self, key: str) -> None:
         self.twin.get(key)
@@ -103,6 +109,7 @@ class StoreMachine(RuleBasedStateMachine):
     def delete(self, key: str) -> None:
         self.twin.delete(key)
 
+    @precondition(lambda self: len(self.twin.held) < MOST_LEASES)
     @rule(keys=_some_keys)
     def lease(self, keys: list[str]) -> None:
         self.twin.lease(keys)
@@ -168,11 +175,12 @@ def _random_tensor(rng: random.Random) -> torch.Tensor:
 
 # how often, and what; the same operations as the rules of StoreMachine
 _ACTIONS: tuple[tuple[int, Callable[[Twin, random.Random], None]], ...] = (
-    (24, lambda twin, rng: twin.put(rng.choice(KEYS), _random_tensor(rng), fill=rng.random() < 0.2)),
+    (16, lambda twin, rng: twin.put(rng.choice(KEYS), _random_tensor(rng), fill=rng.random() < 0.2)),
+    (8, lambda twin, rng: twin.put_like(rng.choice(KEYS), rng.randrange(1 << 20))),
     (30, lambda twin, rng: twin.get(rng.choice(KEYS))),
     (4, lambda twin, rng: twin.delete(rng.choice(KEYS))),
-    (14, lambda twin, rng: twin.lease(_random_keys(rng))),
-    (14, lambda twin, rng: twin.release(rng.randrange(9)) if twin.held else None),
+    (12, lambda twin, rng: twin.lease(_random_keys(rng)) if len(twin.held) < MOST_LEASES else twin.release(rng.randrange(9))),
+    (18, lambda twin, rng: twin.release(rng.randrange(9)) if twin.held else None),
     (8, lambda twin, rng: twin.write(rng.randrange(9), rng.randrange(1 << 20)) if twin.held else None),
     (4, lambda twin, rng: twin.prefetch(_random_keys(rng))),
     (4, lambda twin, rng: twin.offload(_random_keys(rng))),
@@ -229,6 +237,7 @@ def main() -> None:
     for name in variants:
         driven = drive(options.steps // len(variants), options.seed, VARIANTS[name])
         sys.stdout.write(f"{name}: {driven}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""The way out: from TieredTensors back to plain ones."""
+
+from __future__ import annotations
+
+import torch
+
+from tierstore.entry import Entry
+from tierstore.patch.regions import Binding, Region
+from tierstore.patch.source import EntrySource, typed_part
+from tierstore.patch.swap import replace_content
+from tierstore.patch.wrapper import Wrapper
+from tierstore.spec import TensorSpec, raw_bytes, typed_view
+from tierstore.store import TieredStore
+
+
+def move_plain(tensor: torch.Tensor, part: torch.Tensor) -> None:
+    """Put a plain tensor, and its gradient, where `part` is."""
+    gradient, tensor.grad = tensor.grad, None
+    tensor.data = part
+    if gradient is not None:
+        tensor.grad = gradient.to(part.device)
+
+
+def settle(store: TieredStore, source: EntrySource, device: torch.device | None) -> None:
+    """Give `source` its final plain tensor, on `device`; bytes in memory are handed over, files are mapped, nothing is doubled."""
+    moves = store.moves
+    with moves.lock:
+        moves.wait_until_idle(source.entry)
+        level = min(source.entry.tiers)
+    tensor = moves.tiers[level].backend.get(source.entry.key)
+    if device is not None and tensor.device != device:
+        tensor = typed_view(raw_bytes(tensor).to(device), source.spec)
+    source.settled = tensor
+
+
+def restore_binding(binding: Binding) -> None:
+    """Turn a TieredTensor back into a plain tensor over its settled bytes; one that a user replaced, or whose bytes are lost, stays."""
+    wrapper = binding.tensor
+    if not isinstance(wrapper, Wrapper):
+        return
+    source = wrapper._source
+    if any(True for _ in source.entries()):
+        return  # not settled: its bytes could not be read
+    geometry = wrapper.geometry()
+    with torch.inference_mode(False), torch.no_grad():
+        plain = typed_part(source.read(), geometry.spec, geometry.offset)
+        if plain.device != binding.device:
+            plain = plain.to(binding.device)
+        if issubclass(binding.kind, torch.nn.Parameter):
+            plain = torch.Tensor._make_subclass(binding.kind, plain, wrapper.requires_grad)
+        elif wrapper.requires_grad:
+            plain.requires_grad_()
+    replace_content(wrapper, plain)
+
+
+def give_back_held(region: Region, entry: Entry) -> None:
+    """Move held tensors back to the device they came from; where that is the compute device they never left."""
+    base = entry.tensor
+    assert base is not None
+    for device in {binding.device for binding in region.bindings} - {base.device}:
+        with torch.inference_mode(False), torch.no_grad():
+            moved = typed_view(raw_bytes(base).to(device), region.spec)
+        for binding in region.bindings:
+            tensor = binding.tensor
+            if tensor.device == device:
+                continue
+            shared = tensor.untyped_storage()._cdata == base.untyped_storage()._cdata
+            part = typed_part(moved, TensorSpec.of(tensor), int(tensor.storage_offset())) if shared else tensor.detach().to(device)
+            move_plain(tensor, part)
