@@ -14,8 +14,8 @@ from tqdm import tqdm
 from tierstore.backend import Backend
 from tierstore.devices import compute_device, working_accelerator
 from tierstore.errors import BackendError, TierStoreError
-from tierstore.patch.attach import Attachment
-from tierstore.patch.regions import Region
+from tierstore.patch.attach import Attachment, refuse_attached
+from tierstore.patch.regions import Region, check_model
 from tierstore.policy import PolicyFactory, policy_factory
 from tierstore.registry import backend_class, backend_names
 from tierstore.report import render
@@ -55,9 +55,12 @@ def tiered(
     """
     _reject_unbuilt(train=train, checkpoint=checkpoint, dtype=dtype)
     policy_factory(policy)
+    models = _named(model)
+    check_model(models)
+    refuse_attached(models)
     compute = _choose_device(device, gpu)
     store = TieredStore(_tiers(compute, gpu, cpu, disk), policy)
-    return Tiered(_named(model), store, compute)
+    return Tiered(models, store, compute)
 
 
 class Tiered:

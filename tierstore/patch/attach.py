@@ -7,12 +7,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    _global_module_registration_hooks,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.utils.hooks import RemovableHandle
 
 from tierstore.backend import MappedBackend
 from tierstore.entry import Entry
-from tierstore.errors import BudgetError, TierStoreError
+from tierstore.errors import BudgetError, ModelError, TierStoreError
 from tierstore.patch.regions import Binding, Region, check_model, find_regions, named_tensors
 from tierstore.patch.restore import give_back_held, move_plain, restore_binding, settle
 from tierstore.patch.scope import install_scope, remove_scope
@@ -25,6 +29,18 @@ from tierstore.spec import TensorSpec, raw_bytes, typed_view
 from tierstore.store import TieredStore
 
 Progress = Callable[[Iterable[Region]], Iterable[Region]]
+
+
+def refuse_attached(roots: Mapping[str, torch.nn.Module]) -> None:
+    """Raise `ModelError` for a module that a running session has, also where it holds all tensors plain.
+
+    Running sessions are found by the hooks that they registered with torch.
+    """
+    owners = [getattr(hook, "__self__", None) for hook in _global_module_registration_hooks.values()]
+    for prefix, root in roots.items():
+        for path, module in root.named_modules(prefix=prefix):
+            if any(isinstance(owner, Attachment) and owner.has(module) for owner in owners):
+                raise ModelError(f"{path or type(module).__name__!r} is already under tiered(); leave that `with` first")
 
 
 class Attachment(Host):
@@ -56,7 +72,6 @@ class Attachment(Host):
 
     def attach(self, roots: Mapping[str, torch.nn.Module], progress: Progress = iter) -> None:
         """Move every tensor of `roots` under the store; on failure the models are as they were."""
-        check_model(roots)
         regions = find_regions(named_tensors(roots))
         self._check_room(regions)
         self.roots = dict(roots)
@@ -161,6 +176,9 @@ class Attachment(Host):
                 self.moves.unhold(entry)
         for module in self._modules:
             install_scope(module, self)
+
+    def has(self, module: torch.nn.Module) -> bool:
+        return module in self._modules
 
     @property
     def holds_all(self) -> bool:
