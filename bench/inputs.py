@@ -31,13 +31,15 @@ def make(model: PreTrainedModel, guess: Guess, seed: int) -> dict[str, Tensor]:
         wanted = name in CORE if guess.lean else name not in STATES and not VIDEO.search(name)
         dropped = any((PICTURE if kind == "pictures" else SOUND).search(name) for kind in guess.without)
         if hasattr(maker, name) and (needed or (wanted and not dropped)):
-            maker.made[name] = getattr(maker, name)()
+            made = getattr(maker, name)()
+            if made is not None:
+                maker.made[name] = made
     return maker.made
 
 
 def ordered(model: PreTrainedModel) -> list[tuple[str, inspect.Parameter]]:
     """Returns the forward's parameters, those first that others take their length from."""
-    first = ("input_ids", "pixel_values", "past_values")
+    first = ("input_ids", "inputs_embeds", "hidden_states", "input_values", "flattened_patches", "pixel_values", "past_values")
     return sorted(inspect.signature(model.forward).parameters.items(), key=lambda item: item[0] not in first)
 
 

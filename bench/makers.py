@@ -106,9 +106,10 @@ class Maker:
             ids = torch.cat([ids[:, :2], lead, run, ids[:, 2:]], dim=1)
         return ids
 
-    def attention_mask(self) -> Tensor:
-        leader = next((t for n, t in self.made.items() if n in ("input_ids", "input_values", "flattened_patches")), None)
-        return torch.ones(leader.shape[:2] if leader is not None else (self.batch, TOKENS), dtype=torch.long)
+    def attention_mask(self) -> Tensor | None:
+        leaders = ("input_ids", "inputs_embeds", "hidden_states", "input_values", "flattened_patches")
+        led = next((self.made[name] for name in leaders if name in self.made), None)
+        return None if led is None else torch.ones(led.shape[:2], dtype=torch.long)
 
     def token_type_ids(self) -> Tensor:
         return torch.zeros_like(self.made["input_ids"])

@@ -1,7 +1,7 @@
 """Small random models of every transformers type, with inputs that they accept.
 
-`build` takes the first class, recipe and guess at the inputs with which the model runs; all of it is a function of the
-type and the seed.
+`build` takes the first class, recipe and guess at the inputs with which the model runs: everything is a function of the type
+and the seed, and models that no table names work too.
 """
 
 import os
@@ -10,29 +10,54 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import importlib
 import inspect
-from collections.abc import Iterator
+import traceback
+from collections import Counter
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 import transformers
+from exact import Outcome, forward_backward, forward_only, model_bytes
+from inputs import Guess, guesses, make, repair
+from overrides import START
+from small_config import RECIPES, Recipe, small_config
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from inputs import guesses, make, repair
-from small_config import RECIPES, Recipe, small_config
-
 transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+MOST_BYTES = 16 << 20
+MOST_CLASSES = 4
+MOST_RUNS = 150  # tries at running one type before it is given up, with all kinds of inputs and again without some
+MOST_REPAIRS = 6
+TASKS = (  # in this order, because a head that runs all of a model's parts proves most
+    "FOR_IMAGE_TEXT_TO_TEXT",
+    "FOR_MULTIMODAL_LM",
+    "FOR_SEQ_TO_SEQ_CAUSAL_LM",
+    "FOR_SPEECH_SEQ_2_SEQ",
+    "FOR_CAUSAL_LM",
+    "FOR_MASKED_LM",
+    "FOR_CTC",
+    "FOR_OBJECT_DETECTION",
+    "FOR_UNIVERSAL_SEGMENTATION",
+    "FOR_IMAGE_CLASSIFICATION",
+    "FOR_AUDIO_CLASSIFICATION",
+    "FOR_DEPTH_ESTIMATION",
+)
 
 
 class CannotBuild(Exception):
-    """No class, recipe and inputs were found with which the type runs."""
+    """No class, recipe and inputs were found with which the type runs; the message is the first reason."""
 
 
 @dataclass(frozen=True)
 class Sample:
+    """A small model in eval mode with inputs; sizes are of its different parameters and buffers, in bytes."""
+
     model_type: str
     class_name: str
     model: PreTrainedModel
@@ -43,117 +68,141 @@ class Sample:
 
 
 def model_types() -> list[str]:
+    """Returns every model type that the installed transformers knows."""
     return sorted(CONFIG_MAPPING_NAMES)
 
 
-PREFERRED = (
-    "FOR_IMAGE_TEXT_TO_TEXT", "FOR_MULTIMODAL_LM", "FOR_SEQ_TO_SEQ_CAUSAL_LM", "FOR_SPEECH_SEQ_2_SEQ", "FOR_CAUSAL_LM", "FOR_MASKED_LM", "FOR_CTC", "FOR_OBJECT_DETECTION",
-    "FOR_UNIVERSAL_SEGMENTATION", "FOR_IMAGE_CLASSIFICATION", "FOR_AUDIO_CLASSIFICATION", "FOR_DEPTH_ESTIMATION",
-)
+def build(model_type: str, seed: int = 0) -> Sample:
+    """Returns a small random model of a type; raises `CannotBuild` with the reason if none runs."""
+    reasons: Counter[str] = Counter()
+    found = [c for c in model_classes(model_type) if "forward" in own_names(c)][:MOST_CLASSES]
+    if not found:
+        raise CannotBuild("transformers has no model class with a forward for it alone")
+    for all_kinds in (True, False):
+        tries: Counter[str] = Counter()
+        for model_class, recipe in product(found, RECIPES):
+            if tries.total() > MOST_RUNS:
+                break
+            try:
+                model = random_model(model_class, recipe, seed)
+            except Exception as error:  # noqa: BLE001 - a recipe may fail in any way; the next one is tried
+                tries[reason(error)] += 1
+                continue
+            if fit := fitting_inputs(model, all_kinds, seed, tries):
+                sizes = model_bytes(model).values()
+                return Sample(model_type, model_class.__name__, model, fit[0], sum(sizes), max(sizes), fit[1])
+        reasons += tries
+    raise CannotBuild(next((r for r in reasons if r.startswith(("ImportError", "ModuleNotFound"))), next(iter(reasons))))
 
 
-def classes(model_type: str) -> list[type[PreTrainedModel]]:
-    """Returns the model classes of a type, task heads first."""
+def own_names(model_class: type[PreTrainedModel]) -> set[str]:
+    """Returns what the class defines below torch's `Module`, whose `forward` only raises."""
+    return {name for base in model_class.__mro__ if issubclass(base, PreTrainedModel) for name in vars(base)}
+
+
+def model_classes(model_type: str) -> list[type[PreTrainedModel]]:
+    """Returns the model classes that a type's config belongs to, the most telling heads first."""
     config_class = CONFIG_MAPPING[model_type]
     heads: list[str] = []
-    for task in (*PREFERRED, ""):
-        mapping = getattr(modeling_auto, f"MODEL_{task}_MAPPING_NAMES" if task else "MODEL_MAPPING_NAMES")
-        if name := mapping.get(model_type):
-            heads += [name] if isinstance(name, str) else list(name)
+    for mapping in [f"MODEL_{task}_MAPPING_NAMES" for task in TASKS] + ["MODEL_MAPPING_NAMES"]:
+        name = getattr(modeling_auto, mapping).get(model_type, ())
+        heads += [name] if isinstance(name, str) else list(name)
     own: list[type[PreTrainedModel]] = []
     for file in sorted(Path(inspect.getfile(config_class)).parent.glob("modeling_*.py")):
-        try: module = importlib.import_module(f"{config_class.__module__.rpartition('.')[0]}.{file.stem}")
-        except ImportError as e: continue
+        try:
+            module = importlib.import_module(f"{config_class.__module__.rpartition('.')[0]}.{file.stem}")
+        except ImportError as error:
+            raise CannotBuild(reason(error)) from error
         own += [c for c in vars(module).values() if is_model_of(c, config_class, module.__name__)]
-    own = [c for c in own if not c.__name__.endswith("PreTrainedModel")]
-    order = {name: i for i, name in reversed(list(enumerate(heads)))}
-    return sorted(own, key=lambda c: order.get(c.__name__, 99))
+    return sorted(own, key=lambda c: heads.index(c.__name__) if c.__name__ in heads else len(heads))
 
 
-def is_model_of(thing: object, config_class: type, module: str) -> bool:
-    return inspect.isclass(thing) and issubclass(thing, PreTrainedModel) and thing.__module__ == module and thing.config_class is config_class
+def is_model_of(thing: object, config_class: type[PretrainedConfig], module: str) -> bool:
+    """Says whether something is a model class of this module whose config is exactly of this class."""
+    return (
+        inspect.isclass(thing)
+        and issubclass(thing, PreTrainedModel)
+        and thing.__module__ == module
+        and getattr(thing, "config_class", None) is config_class
+        and not thing.__name__.endswith("PreTrainedModel")
+    )
 
 
-def flatten(out: object, seen: set[int] | None = None) -> list[Tensor]:
-    """Returns every tensor in a nest of containers and plain objects, in order."""
-    seen = set() if seen is None else seen
-    if id(out) in seen: return []
-    if isinstance(out, Tensor): return [out]
-    if out is None or isinstance(out, (str, int, float, bool)): return []
-    seen.add(id(out))
-    if isinstance(out, dict): items = list(out.values())
-    elif isinstance(out, (list, tuple)): items = list(out)
-    elif isinstance(out, (nn.Module, PretrainedConfig)): items = []
-    else: items = list(getattr(out, "__dict__", {}).values())
-    return [t for item in items for t in flatten(item, seen)]
+def random_model(model_class: type[PreTrainedModel], recipe: Recipe, seed: int) -> PreTrainedModel:
+    """Returns a model whose weights are all finite and none of them 0 or 1 throughout.
 
-
-def instance(cls, recipe, seed, start=None):
-    config = small_config(cls.config_class, recipe, start or {})
+    A bias of zeros or a norm of ones would hide that it was never applied. Raises `MemoryError` before a large model is made.
+    """
+    config = small_config(model_class.config_class, recipe, START.get(model_class.config_class.model_type, {}))
     with torch.device("meta"):
-        size = sum(p.numel() * p.element_size() for p in cls(config).parameters())
-    if size > MAX_BYTES:
-        raise MemoryError(f"{size >> 20} MiB")
+        size = sum(model_bytes(model_class(config)).values())
+    if size > MOST_BYTES:
+        raise MemoryError(f"cannot be made smaller than {size >> 20} MiB")
     torch.manual_seed(seed)
-    model = cls(config).eval()
+    model = model_class(config).eval()
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
-            if p.is_floating_point():
-                p.copy_(torch.nan_to_num(p, 0, 0, 0) + 0.02 * torch.randn(p.shape, generator=noise))
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                jitter = 0.02 * torch.randn(parameter.shape, generator=noise)
+                parameter.copy_(torch.nan_to_num(parameter, 0.0, 0.0, 0.0) + jitter.to(parameter.dtype))
     return model
 
 
-def forward(model, inputs):
-    torch.manual_seed(0)
-    out = flatten(model(**inputs))
-    if not any(t.is_floating_point() for t in out):
-        raise ValueError("no float output")
-    return out
+def fitting_inputs(model: PreTrainedModel, all_kinds: bool, seed: int, reasons: Counter[str]) -> tuple[dict[str, Tensor], str] | None:
+    """Returns inputs with which the model runs and gives a float tensor, and a note of what kinds are left out.
 
-
-def fitting(model, seed, log, dropped=True):
-    for guess in guesses(model):
-        if guess.without and not dropped: return None
-        for _ in range(6):
+    With `all_kinds`, a model that takes pictures or sounds gets them.
+    """
+    tried: set[str] = set()
+    for first in guesses(model):
+        if bool(first.without) == all_kinds:
+            continue
+        guess: Guess | None = first
+        for _ in range(MOST_REPAIRS):
+            if guess is None or reasons.total() > MOST_RUNS:
+                break
             try:
                 inputs = make(model, guess, seed)
-                with torch.no_grad():
-                    forward(model, inputs)
-                return inputs, guess
-            except Exception as e:
-                log.append((str(guess), describe(e)))
-                guess = repair(guess, str(e))
-                if guess is None: break
+                layout = str({name: tensor.shape for name, tensor in inputs.items()})
+                if layout in tried:
+                    break
+                tried.add(layout)
+                if any(t.is_floating_point() for t in forward_only(lambda: model(**inputs)).outputs):  # noqa: B023
+                    return inputs, " ".join(f"no {kind}" for kind in sorted(guess.without))
+                raise ValueError("no output of floats")
+            except Exception as error:  # noqa: BLE001 - inputs may be wrong in any way; the error leads to better ones
+                reasons[reason(error)] += 1
+                guess = repair(guess, str(error))
     return None
 
 
-def describe(e):
-    import traceback
-    tb = traceback.extract_tb(e.__traceback__)[-1]
-    return f"{type(e).__name__}: {str(e)[:160]} @{Path(tb.filename).name}:{tb.lineno}"
+def reason(error: BaseException) -> str:
+    """Returns an error in one line, with the place that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" ({Path(last[0].filename).name}:{last[0].lineno})" if last else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:110]}{where}"
 
-MAX_BYTES = 16 << 20
 
-def build(model_type: str, seed: int = 0, log=None) -> Sample:
-    log = [] if log is None else log
-    for dropped in (False, True):
-      for cls in classes(model_type)[:4]:
-        for i, recipe in enumerate(RECIPES):
-            try:
-                model = instance(cls, recipe, seed)
-            except Exception as e:
-                log.append((cls.__name__, i, describe(e)))
-                continue
-            tensors = {id(t): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
-            size = sum(tensors.values())
-            if size > MAX_BYTES:
-                log.append((cls.__name__, i, f"{size >> 20} MiB"))
-                continue
-            tries = []
-            found = fitting(model, seed, tries, dropped)
-            if found:
-                return Sample(model_type, cls.__name__, model, found[0], size, max(tensors.values()), f"r{i} {found[1]}")
-            log.append((cls.__name__, i, tries))
-        if not any("input_ids" in inspect.signature(c.forward).parameters for c in classes(model_type)[:4]): break
-    raise CannotBuild(model_type)
+def run(sample: Sample) -> list[Tensor]:
+    """Runs the model once without autograd and returns all its output tensors."""
+    return run_outcome(sample).outputs
+
+
+def run_with_grad(sample: Sample) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+    """Runs the model, sends a fixed projection of its outputs backward, and returns outputs and gradients by name."""
+    outcome = grad_outcome(sample)
+    return outcome.outputs, outcome.grads
+
+
+def run_outcome(sample: Sample) -> Outcome:
+    return forward_only(lambda: sample.model(**fresh(sample)))
+
+
+def grad_outcome(sample: Sample) -> Outcome:
+    return forward_backward(lambda: sample.model(**fresh(sample)), dict(sample.model.named_parameters()))
+
+
+def fresh(sample: Sample) -> dict[str, Tensor]:
+    """Returns copies of the inputs, because a model may write into them."""
+    return {name: tensor.clone() for name, tensor in sample.inputs.items()}

@@ -20,6 +20,7 @@ WIDTH = 64
 HEADS = 4
 HEAD_DIM = WIDTH // HEADS
 STAGE_WIDTH = 16
+PATCH = 8
 MANY_LAYERS = 5  # a list longer than this has an entry for each layer, a shorter one for each stage
 
 
@@ -84,6 +85,7 @@ LIMITS: tuple[tuple[str, int], ...] = (
     (r"num_queries$|num_detection_tokens$|num_denoising$|num_proposals$|num_(\w+_)?quer(y|ies)\w*$|num_latents\w*$", 16),
     (r"^(num|n)_filters$", 4),
     (r"^base_channels$", 32),
+    (r"^num_pos_feats$", WIDTH // 2),
 )
 WIDE = re.compile(
     r"(^|_)(hidden_size|d_model|embd|embed_dim|width|dim|dims|size|channels?|units|features?|planes|rank|ssm|state|dff|embd|inner|proj)s?\d?(_\w+)?$"
@@ -91,7 +93,7 @@ WIDE = re.compile(
 )
 FFN = re.compile(r"intermediate_size|ffn_dim|^d_ff|^dff$|^mlp_dim|feed_?forward|ffn_hidden|^dim_ff|^n_inner|^d_inner|linear_units|mlp_hidden|d_ssm")
 MOE = re.compile(r"moe|expert")
-UNSET = {"head_dim": HEAD_DIM, "vocab_size": VOCAB, "num_experts_per_tok": 2, "n_routed_experts": 4, "num_experts": 4, "num_key_value_heads": HEADS}
+UNSET = {"head_dim": HEAD_DIM, "vocab_size": VOCAB, "num_experts_per_tok": 2, "n_routed_experts": 4, "num_experts": 4, "num_key_value_heads": HEADS, "pad_token_id": 0, "mask_token_id": 5}
 
 
 @dataclass
@@ -141,6 +143,10 @@ def shrink_int(key: str, value: int, node: Node, tree: Tree) -> int:
         return tree.token(value)
     if IMAGE.search(key):
         return min(value, tree.recipe.image or value)
+    if key == "image_embedding_size" and isinstance(node.get("patch_size"), int) and isinstance(node.get("image_size"), int):
+        return shrink_int("image_size", node["image_size"], node, tree) // shrink_int("patch_size", node["patch_size"], node, tree)
+    if key.endswith("patch_size"):
+        return min(value, PATCH) if tree.recipe.image else value
     if KEEP.search(key) or re.search(ONE_PER_LAYER, key):
         return value
     if re.search(r"(key_value|kv)_heads?$", key) and value in (node.get("num_attention_heads"), node.get("num_heads")):
@@ -178,6 +184,8 @@ def shrink_list(key: str, values: list[Value], tree: Tree) -> list[Value]:
         return values
     if IMAGE.search(key):
         return [min(v, tree.recipe.image or v) for v in numbers]
+    if "patch" in key:
+        return values
     if TOKEN.search(key):
         return [tree.token(v) for v in numbers]
     if re.search(r"depths?$|num_(block_)?repeats|layers$|blocks", key):

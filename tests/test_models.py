@@ -602,7 +602,7 @@ def test_threads_share_a_model(scratch: Path) -> None:
     wrong: list[int] = []
 
     def work(i: int) -> None:
-        for turn in range(25):
+        for turn in range(125):
             with torch.set_grad_enabled(turn % 5 == 0):
                 if not torch.equal(model(inputs[i]), expected[i]):
                     wrong.append(i)
@@ -691,3 +691,24 @@ def test_everything_fits_means_no_wrapper(scratch: Path) -> None:
         session.prefetch(model[0])
     assert same(state(model), state(copy.deepcopy(model)))
     assert torch.equal(model(X), expected)
+
+
+def test_joining_more_than_fits(scratch: Path) -> None:
+    def step(model: nn.Module) -> Any:
+        vector = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        torch.nn.utils.vector_to_parameters(vector * 0.5, model.parameters())
+        stacked = torch.stack([block.up.weight for block in model], dim=1).detach()
+        mixed = torch.cat([model[0].up.bias.detach().double(), torch.empty(0), *(b.down.bias.detach() for b in model)])
+        return vector, stacked, mixed, model(X).detach()
+
+    compare(mlp, step, scratch)
+    compare(mlp, step, scratch, grad=False)
+
+
+def test_formatting_a_buffer(scratch: Path) -> None:
+    model = mlp()
+    model.register_buffer("scale", torch.tensor(2.5))
+    with under_pressure(model, scratch):
+        assert f"{model.scale:.2f} {model.scale}" == "2.50 2.5"
+        assert bool(model.scale > 2)
+        assert float(model.scale) == 2.5

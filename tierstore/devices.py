@@ -26,3 +26,11 @@ def compute_device(device: str | torch.device | None) -> torch.device:
         return torch.empty(1, device=chosen).device
     except (RuntimeError, AssertionError) as error:
         raise BackendError(f'device {chosen} cannot be used here: {error}; give device="cpu" or a device that works') from error
+
+
+def names_device(name: str | torch.device | int, device: torch.device) -> bool:
+    """True if `name`, which may lack an index ("cuda"), means `device`."""
+    asked = torch.device(name)
+    if asked.type != device.type or asked.index == device.index:
+        return asked.type == device.type
+    return asked.index is None and device.index == torch.accelerator.current_device_index()

@@ -36,10 +36,5 @@ class Entry:
         self.nbytes = spec.nbytes
 
     @property
-    def moving(self) -> bool:
-        """True while a thread copies or replaces this entry, or has leased it and makes room for it."""
-        return self.busy or (self.leases > 0 and not self.resident)
-
-    @property
     def resident(self) -> bool:
         return 0 in self.tiers

@@ -49,9 +49,14 @@ class Residency:
 
     def idle_entry(self, key: str) -> Entry:
         """Return the entry of `key` once no thread moves it, or is about to."""
-        while (entry := self.entry(key)).moving:
+        while self.moving(entry := self.entry(key)):
             self.lock.wait()
         return entry
+
+    @staticmethod
+    def moving(entry: Entry) -> bool:
+        """True while a thread copies or replaces `entry`, or has leased it and makes room for it."""
+        return entry.busy or (entry.leases > 0 and not entry.resident)
 
     def check_open(self) -> None:
         if self.closed:

@@ -135,16 +135,18 @@ class TieredStore:
 
         A hint: what does not fit is left where it is. The future tells when it is done; nobody has to wait for it.
         """
+        names = [keys] if isinstance(keys, str) else list(keys)  # outside the lock: a generator may ask this store
         with self._lock:
-            entries = [self._moves.entry(key) for key in ([keys] if isinstance(keys, str) else keys)]
+            entries = [self._moves.entry(key) for key in names]
             if self._background is None:
                 self._background = ThreadPoolExecutor(1, thread_name_prefix="tierstore-prefetch")
             return self._background.submit(self._prefetch, entries)
 
     def offload(self, keys: str | Iterable[str]) -> None:
         """Take values out of the fastest tier, writing down what only lies there; leased ones stay."""
+        names = [keys] if isinstance(keys, str) else list(keys)  # outside the lock: a generator may ask this store
         with self._lock:
-            for key in [keys] if isinstance(keys, str) else list(keys):
+            for key in names:
                 entry = self._moves.idle_entry(key)
                 if entry.resident and not entry.leases and not self._moves.evict(entry, 0):
                     raise self._no_room(f"offloading {entry.key!r}", entry.nbytes)
@@ -304,7 +306,7 @@ class TieredStore:
             entry = moves.entries.get(key)
             if entry is None:
                 entry = moves.entries[key] = Entry(key, spec)
-            elif entry.moving:
+            elif moves.moving(entry):
                 self._lock.wait()
                 continue
             if entry.leases and entry.spec != spec:

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from tierstore.devices import names_device
 from tierstore.entry import Entry
 from tierstore.errors import ModelError, UnsupportedTensorError
 from tierstore.patch.ops import Kind, Op, describe, view_geometry
+from tierstore.patch.shield import shielded
 from tierstore.patch.source import CopySource, Host
 from tierstore.patch.wrapper import Wrapper
 from tierstore.spec import TensorSpec
@@ -41,6 +43,8 @@ def dispatch(func: Any, args: Args, kwargs: Kwargs) -> Any:
                 )
     if op.kind is Kind.EACH:
         return _each(func, op, args, kwargs)
+    if (func is torch.ops.aten.cat.default or func is torch.ops.aten.stack.default) and _too_many(args[0]):
+        return _joined(func, *args, **kwargs)
     return _compute(func, op, args, kwargs)
 
 
@@ -58,14 +62,14 @@ def _view(func: Any, base: Wrapper, args: Args, kwargs: Kwargs) -> Any:
     return None if geometry is None else base.view_of_source(geometry)
 
 
-def _stand_in(wrapper: Wrapper) -> torch.Tensor:
+def _stand_in(wrapper: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(wrapper.shape, wrapper.stride(), dtype=wrapper.dtype, device="meta")
 
 
 def _changes_place(wrapper: Wrapper, kwargs: Kwargs) -> bool:
     """True if a `_to_copy` goes to another device or layout; raise if it is `module.to(device)` that asks."""
     device, layout = kwargs.get("device"), kwargs.get("layout")
-    moves = device is not None and torch.device(device) != wrapper.device
+    moves = device is not None and not names_device(device, wrapper.device)
     if moves and _inside_module_apply():
         raise ModelError(
             f"the model is tiered: its weights compute on {wrapper.device} and cannot be moved to {device} as a whole; "
@@ -118,6 +122,30 @@ def _each(func: Any, op: Op, args: Args, kwargs: Kwargs) -> Any:
     if isinstance(results[0], tuple):
         return tuple([part for result in results for part in result[k]] for k in range(len(results[0])))
     return [part for result in results for part in result]
+
+
+def _too_many(tensors: list[torch.Tensor]) -> bool:
+    """True if the fast tier cannot hold all of `tensors` at once."""
+    wrappers = _wrappers(tensors)
+    tiers = {id(w._source.host): w._source.host.store.tiers[0] for w in wrappers if w._source.settled is None}
+    needed = sum(w.nbytes for w in wrappers)
+    return any(not tier.ledger.fits(needed) for tier in tiers.values())
+
+
+def _joined(func: Any, tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """`cat` or `stack`, one part at a time: only the result has to fit, and that is the caller's memory."""
+    if func is torch.ops.aten.stack.default:
+        dim = dim if dim >= 0 else dim + tensors[0].dim() + 1
+        tensors = [tensor.unsqueeze(dim) for tensor in tensors]
+    parts = [tensor for tensor in tensors if tensor.shape != (0,)]  # which `cat` skips whatever the other shapes are
+    shape = torch.cat([_stand_in(part) for part in tensors], dim).shape
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+    result = torch.empty(shape, dtype=dtype, device=tensors[0].device)
+    start = 0
+    for part in parts:
+        result.narrow(dim, start, part.shape[dim]).copy_(part)
+        start += part.shape[dim]
+    return result
 
 
 def _compute(func: Any, op: Op, args: Args, kwargs: Kwargs) -> Any:
@@ -189,7 +217,8 @@ def _acquire(wrappers: list[Wrapper], func: Any) -> dict[Host, list[Entry]]:
             moves = host.store.moves
             with moves.lock:
                 if len(entries) != 1 or not moves.lease_resident(entries[0], 0):
-                    moves.acquire(entries, func)
+                    with shielded():
+                        moves.acquire(entries, func)
             held[host] = entries
     except BaseException:
         _release(held)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
+
 import torch
 
 from tierstore.entry import Entry
@@ -50,7 +53,24 @@ def restore_binding(binding: Binding) -> None:
             plain = torch.Tensor._make_subclass(binding.kind, plain, wrapper.requires_grad)
         elif wrapper.requires_grad:
             plain.requires_grad_()
-    replace_content(wrapper, plain)
+    _replace_or_keep(wrapper, plain, binding.names[0])
+
+
+def _replace_or_keep(wrapper: Wrapper, plain: torch.Tensor, name: str) -> None:
+    """Make `wrapper` plain; torch refuses while C++ code (a TorchScript trace) refers to it weakly: then it stays, settled."""
+    try:
+        replace_content(wrapper, plain)
+    except RuntimeError as error:
+        if "weakref" not in str(error):
+            raise
+        gc.collect()  # a trace that nobody uses any more
+        try:
+            replace_content(wrapper, plain)
+        except RuntimeError:
+            warnings.warn(
+                f"{name!r} stays a TieredTensor over plain memory, with the right values: TorchScript still refers to it ({error})",
+                stacklevel=2,
+            )
 
 
 def give_back_held(region: Region, entry: Entry) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from tierstore.entry import Entry
+from tierstore.patch.shield import shielded
 from tierstore.patch.source import EntrySource
 from tierstore.patch.swap import own_attributes
 from tierstore.patch.tensor import TieredTensor
@@ -47,7 +48,7 @@ class Scope:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
         assert module is not None
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         thread = threading.get_ident()
         if thread in self._frames:
@@ -61,8 +62,6 @@ class Scope:
 
     def read(self, value: TieredTensor) -> torch.Tensor:
         """Return what a reader of the attribute gets now: a plain tensor inside a call of this thread, else `value`."""
-        if torch.is_grad_enabled():
-            return value
         frame = self._frames.get(threading.get_ident())
         return value if frame is None else frame.hand_out(value)
 
@@ -70,32 +69,37 @@ class Scope:
 class Frame:
     """The leases of one call, and what was handed out under them."""
 
-    __slots__ = ("_handed", "_room")
+    __slots__ = ("_handed", "_room", "_versions")
 
     def __init__(self, room: Room) -> None:
         self._room = room
-        self._handed: dict[Entry, tuple[torch.Tensor, int]] = {}
+        self._handed: dict[Entry, ResidentParameter] = {}
+        self._versions: list[tuple[Entry, ResidentParameter, int]] = []
 
     def hand_out(self, value: TieredTensor) -> torch.Tensor:
         """Lease `value`'s entry and return the plain tensor in its place; `value` itself where that cannot be."""
         source = value._source
-        if type(value) is not TieredTensor:  # a Parameter subclass, which readers may test for
-            return value
-        if not isinstance(source, EntrySource) or not value._whole or source.settled is not None:
+        if not isinstance(source, EntrySource) or not value._whole or source.settled is not None or source.has_pending_copies:
             return value
         entry = source.entry
-        if entry not in self._handed:
-            room = self._room
-            moves = room.moves
-            with moves.lock:
-                if not moves.lease_resident(entry, room.headroom):
-                    with torch._C._DisableTorchDispatch():  # what moves is no business of the caller's modes
-                        if not moves.acquire([entry], "a module scope", headroom=room.headroom, wait=False):
-                            return value
-            plain = _plain_of(entry, value)
-            self._handed[entry] = (plain, plain._version)
-            return plain
-        return _plain_of(entry, value)
+        handed = self._handed.get(entry)
+        if handed is None:
+            if not self._lease(entry):
+                return value
+        elif handed._tiered is value:
+            return handed
+        plain = self._handed[entry] = _plain_of(entry, value)
+        self._versions.append((entry, plain, plain._version))
+        return plain
+
+    def _lease(self, entry: Entry) -> bool:
+        room = self._room
+        moves = room.moves
+        with moves.lock:
+            if moves.lease_resident(entry, room.headroom):
+                return True
+            with shielded():
+                return moves.acquire([entry], "a module scope", headroom=room.headroom, wait=False)
 
     def close(self) -> None:
         """Record what was written in place and give the leases back."""
@@ -103,8 +107,9 @@ class Frame:
             return
         moves = self._room.moves
         with moves.lock:
-            for entry, (plain, version) in self._handed.items():
+            for entry, plain, version in self._versions:
                 if plain._version != version:
+                    plain._tiered._source.forget_snapshot()
                     entry.version += 1
                     moves.invalidate(entry, keep=0)
             moves.release(self._handed)
@@ -124,7 +129,7 @@ class ResidentParameter(torch.nn.Parameter):
         self._tiered.data = value
 
 
-def _plain_of(entry: Entry, value: TieredTensor) -> torch.Tensor:
+def _plain_of(entry: Entry, value: TieredTensor) -> ResidentParameter:
     """Return the plain Parameter over the resident bytes; made once per stay in the fast tier.
 
     It must not be a view and must have the same `requires_grad`: `matmul` folds differently otherwise, and the last bit
@@ -152,8 +157,8 @@ class ScopedParameters(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         value = dict.__getitem__(self, name)
-        if torch.compiler.is_compiling() or not isinstance(value, TieredTensor):
-            return value
+        if type(value) is not TieredTensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return value  # a Parameter subclass stays wrapped too: readers may test for its class
         return self.scope.read(value)
 
     def __setitem__(self, name: str, value: Any) -> None:

@@ -23,7 +23,7 @@ class Source(ABC):
     def __init__(self, spec: TensorSpec) -> None:
         self.spec = spec
         self.settled: torch.Tensor | None = None
-        self._copies: weakref.WeakSet[CopySource] = weakref.WeakSet()
+        self._copies: weakref.WeakSet[CopySource] | None = None  # made when needed: most sources have none
         self._saved: weakref.ref[torch.UntypedStorage] | None = None
 
     @abstractmethod
@@ -49,12 +49,21 @@ class Source(ABC):
         return (self,)
 
     def copied_lazily(self, copy: CopySource) -> None:
+        if self._copies is None:
+            self._copies = weakref.WeakSet()
         self._copies.add(copy)
+
+    @property
+    def has_pending_copies(self) -> bool:
+        return self._copies is not None and len(self._copies) > 0
+
+    def forget_snapshot(self) -> None:
+        self._saved = None
 
     def before_write(self) -> None:
         """Give pending lazy copies their own bytes: they must not see what is about to be written."""
-        self._saved = None
-        for copy in list(self._copies):
+        self.forget_snapshot()
+        for copy in list(self._copies or ()):
             copy.materialise()
 
     @abstractmethod

@@ -26,7 +26,11 @@ def replace_content(target: torch.Tensor, content: torch.Tensor) -> None:
     if isinstance(target, torch.nn.Parameter) and not isinstance(content, torch.nn.Parameter):
         content._is_param = True
     gradient, target.grad = target.grad, None
-    _swap_payload(target, content)
+    try:
+        _swap_payload(target, content)
+    except BaseException:
+        target.grad = gradient
+        raise
     if gradient is not None:
         target.grad = gradient.to(target.device)
     if content.requires_grad and content._use_count() > 1:  # type: ignore[attr-defined]
@@ -43,12 +47,14 @@ def _swap_payload(a: torch.Tensor, b: torch.Tensor) -> None:
     for name, _, _ in hooks:  # they are tied to object and content both, and would come apart
         setattr(a, name, None)
         setattr(b, name, None)
-    a.__class__, b.__class__ = b.__class__, a.__class__
-    a.__dict__, b.__dict__ = b.__dict__, a.__dict__
-    torch._C._swap_tensor_impl(a, b)
-    for name, of_a, of_b in hooks:
-        setattr(a, name, of_a)
-        setattr(b, name, of_b)
+    try:
+        torch._C._swap_tensor_impl(a, b)  # first: it may refuse
+        a.__class__, b.__class__ = b.__class__, a.__class__
+        a.__dict__, b.__dict__ = b.__dict__, a.__dict__
+    finally:
+        for name, of_a, of_b in hooks:
+            setattr(a, name, of_a)
+            setattr(b, name, of_b)
 
 
 def _pass_on(target: weakref.ref[torch.Tensor], old: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from tierstore.errors import UnsupportedTensorError
 from tierstore.patch.dispatch import dispatch
+from tierstore.patch.shield import shielded
 from tierstore.patch.source import SettledSource
 from tierstore.patch.swap import own_attributes, replace_content
 from tierstore.patch.wrapper import Wrapper
@@ -50,7 +51,7 @@ class TieredTensor(Wrapper):
             return self.show(source.settled)
         moves, entries = source.host.store.moves, list(source.entries())
         source.host.worked_on(0)
-        with torch._C._DisableTorchDispatch():  # compilers ask under a mode that would turn the bytes into fake ones
+        with shielded():  # compilers ask under a mode that would turn the bytes into fake ones
             with moves.lock:
                 moves.acquire(entries, "a compiled graph")
             alias = self.show(source.read()).detach()
@@ -90,6 +91,10 @@ class TieredTensor(Wrapper):
 
     def tolist(self) -> Any:
         return self.plain().tolist()
+
+    def __format__(self, spec: str) -> str:
+        scalar = self.dim() == 0 and not isinstance(self, torch.nn.Parameter)
+        return format(self.item(), spec) if scalar else object.__format__(self, spec)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"TieredTensor({self._source.name!r}, {self.plain()!r})"

@@ -110,10 +110,12 @@ def _do_and_undo(call: Call, key: str, backend: Backend) -> None:
 class Delays(Interference):
     """Makes calls take time, so that threads meet: short random sleeps from a seed, or a wait for `gate`.
 
-    While `gate` is cleared every call blocks; `entered` is set as soon as one does.
+    While `gate` is cleared, the calls for which `gated(call, key)` is true block; `entered` is set as soon as one does.
+    With `seed=None` nothing sleeps. `longest` is in seconds.
     """
 
     def __init__(self, seed: int | None = 0, *, longest: float = 0.001) -> None:
+        self.gated: Callable[[Call, str], bool] = lambda call, key: True
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
@@ -121,7 +123,7 @@ class Delays(Interference):
         self._longest = longest
 
     def around(self, call: Call, key: str, backend: Backend) -> None:
-        if not self.gate.is_set():
+        if not self.gate.is_set() and self.gated(call, key):
             self.entered.set()
             self.gate.wait()
         if self._random is not None:

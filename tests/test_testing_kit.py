@@ -1,0 +1,583 @@
+"""The kit finds the mistake in each deliberately broken class and names the right rule; sound classes pass."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tierstore.backend import Backend, MappedBackend, MemoryBackend
+from tierstore.policy import LRU, Policy
+from tierstore.registry import open_backend
+from tierstore.spec import TensorSpec, raw_bytes, typed_view
+from tierstore.testing import ConformanceError, Delays, DictBackend, Faults, InjectedError, check_backend, check_policy, wrap
+from tierstore.testing.faults import Call, Moment
+from tierstore.testing.values import DTYPES, LAYOUTS, bits, make_value, overwrite
+
+
+def device_backend() -> MemoryBackend:
+    backend = open_backend("device", "cpu")
+    assert isinstance(backend, MemoryBackend)
+    return backend
+
+
+DeviceBackend = type(device_backend())
+
+
+# -- sound backends pass ----------------------------------------------------------------------------------------------
+
+
+class Kept(DictBackend):
+    """Outlives its `close`, as a file would."""
+
+    def reopened(self) -> Kept:
+        other = Kept()
+        other._values = dict(self._values)
+        return other
+
+
+@pytest.mark.parametrize("make", [DictBackend, device_backend, lambda: open_backend("pinned")])
+def test_sound_backends_pass(make: Callable[[], Backend]) -> None:
+    check_backend(make)
+
+
+def test_a_sound_persistent_backend_passes() -> None:
+    check_backend(Kept, reopen=lambda old: old.reopened())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["disk", "zarr"])
+def test_built_in_persistent_backends_pass(name: str, tmp_path: Path) -> None:
+    number = itertools.count()
+
+    def reopen(old: Backend) -> Backend:
+        old.close()
+        return open_backend(name, old.path)  # type: ignore[attr-defined]
+
+    check_backend(lambda: open_backend(name, tmp_path / str(next(number))), reopen=reopen)
+
+
+@pytest.mark.parametrize("make", [DictBackend, device_backend])
+def test_wrapped_backends_pass(make: Callable[[], Backend]) -> None:
+    check_backend(lambda: wrap(wrap(make(), Faults()), Delays(longest=0.0001)))
+
+
+# -- broken backends are caught ---------------------------------------------------------------------------------------
+
+
+class LosesDtype(DictBackend):
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        super().put(key, tensor.view(torch.uint8) if tensor.dtype is torch.float8_e5m2 and tensor.dim() else tensor)
+
+
+class LosesShape(DictBackend):
+    def get(self, key: str) -> torch.Tensor:
+        found = super().get(key)
+        return found if found.dim() else found.reshape(1)
+
+
+class LosesStride(DictBackend):
+    def get(self, key: str) -> torch.Tensor:
+        found = super().get(key)
+        return found.contiguous() if found.dtype is torch.float32 else found
+
+
+class LosesBits(DictBackend):
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        super().put(key, tensor.float().double() if tensor.dtype is torch.float64 and tensor.is_contiguous() else tensor)
+
+
+class RefusesDtype(DictBackend):
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        if tensor.dtype is torch.complex64:
+            raise TypeError("what is complex64?")
+        super().put(key, tensor)
+
+
+class AliasesCaller(DictBackend):
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        raw_bytes(tensor).to("cpu")
+        if tensor.is_meta:
+            raise ValueError("no data")
+        self._values[key] = TensorSpec.of(tensor), raw_bytes(tensor)
+
+
+class HandsOutItsMemory(DictBackend):
+    def get(self, key: str) -> torch.Tensor:
+        spec, raw = self._values[key]
+        return typed_view(raw, spec)
+
+
+class ReusesMemory(DictBackend):
+    """Writes a new value of the same size over the old one, which a reader may still hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handed: dict[str, torch.Tensor] = {}
+
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        if key in self._handed and raw_bytes(self._handed[key]).numel() == TensorSpec.of(tensor).nbytes:
+            raw_bytes(self._handed[key]).copy_(raw_bytes(tensor))
+        super().put(key, tensor)
+
+    def get(self, key: str) -> torch.Tensor:
+        self._handed[key] = super().get(key)
+        return self._handed[key]
+
+
+class ClearsOnDelete(ReusesMemory):
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        DictBackend.put(self, key, tensor)
+
+    def delete(self, key: str) -> None:
+        super().delete(key)
+        if key in self._handed:
+            raw_bytes(self._handed[key]).zero_()
+
+
+class ReturnsNoneForMissing(DictBackend):
+    def get(self, key: str) -> torch.Tensor:
+        return super().get(key) if key in self._values else torch.empty(0)
+
+
+class WrongErrorForMissing(DictBackend):
+    def get(self, key: str) -> torch.Tensor:
+        if key not in self._values:
+            raise FileNotFoundError(key)
+        return super().get(key)
+
+
+class DeletesMissingInSilence(DictBackend):
+    def delete(self, key: str) -> None:
+        self._values.pop(key, None)
+
+
+class KeepsTheFirstValue(DictBackend):
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        if key not in self._values:
+            super().put(key, tensor)
+
+
+class ListsOldSpec(DictBackend):
+    def __init__(self) -> None:
+        super().__init__()
+        self._first: dict[str, TensorSpec] = {}
+
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        super().put(key, tensor)
+        self._first.setdefault(key, TensorSpec.of(tensor))
+
+    def delete(self, key: str) -> None:
+        super().delete(key)
+        del self._first[key]
+
+    def entries(self) -> Iterator[tuple[str, TensorSpec]]:
+        return iter(self._first.items())
+
+
+class DenseEntries(DictBackend):
+    """Counts the bytes of a sliced tensor as if it were packed, so a ledger comes up short."""
+
+    def entries(self) -> Iterator[tuple[str, TensorSpec]]:
+        for key, spec in super().entries():
+            yield key, spec if spec.dense else TensorSpec.of(torch.empty(spec.shape, dtype=spec.dtype))
+
+
+class ForgetsEmpty(DictBackend):
+    def entries(self) -> Iterator[tuple[str, TensorSpec]]:
+        return ((key, spec) for key, spec in super().entries() if spec.nbytes)
+
+
+class ListsTwice(DictBackend):
+    def entries(self) -> Iterator[tuple[str, TensorSpec]]:
+        return itertools.chain(super().entries(), itertools.islice(super().entries(), 1))
+
+
+class ListsDeleted(DictBackend):
+    def __init__(self) -> None:
+        super().__init__()
+        self._ever: dict[str, TensorSpec] = {}
+
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        super().put(key, tensor)
+        self._ever[key] = TensorSpec.of(tensor)
+
+    def entries(self) -> Iterator[tuple[str, TensorSpec]]:
+        return iter(self._ever.items())
+
+
+class FoldsCase(DictBackend):
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        super().put(key.lower(), tensor)
+
+    def get(self, key: str) -> torch.Tensor:
+        return super().get(key.lower())
+
+    def delete(self, key: str) -> None:
+        super().delete(key.lower())
+
+
+class ShortKeys(DictBackend):
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        if len(key.encode()) > 255:
+            raise OSError(36, "File name too long")
+        super().put(key, tensor)
+
+
+class NormalisesUnicode(FoldsCase):
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        DictBackend.put(self, key.replace("e\u0301", "\u00e9"), tensor)
+
+    def get(self, key: str) -> torch.Tensor:
+        return DictBackend.get(self, key.replace("e\u0301", "\u00e9"))
+
+    def delete(self, key: str) -> None:
+        DictBackend.delete(self, key.replace("e\u0301", "\u00e9"))
+
+
+class DropsBeforeWriting(DictBackend):
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        self._values.pop(key, None)
+        super().put(key, tensor)
+
+
+class RecordsBeforeWriting(DictBackend):
+    """The key is there before its bytes are, so a failed first put leaves an entry behind."""
+
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        spec = TensorSpec.of(tensor)
+        self._values.setdefault(key, (spec, torch.zeros(spec.nbytes, dtype=torch.uint8)))
+        super().put(key, tensor)
+
+
+class StoresNothingForNothing(DictBackend):
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_meta:
+            super().put(key, tensor)
+
+
+class SharesABuffer(DictBackend):
+    """One scratch buffer for all threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffer = torch.empty(1 << 16, dtype=torch.uint8)
+        self._turn = threading.Event()
+
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        spec = TensorSpec.of(tensor)
+        self._buffer[: spec.nbytes].copy_(raw_bytes(tensor))
+        self._turn.wait(0.001)
+        self._values[key] = spec, self._buffer[: spec.nbytes].clone()
+
+
+class LosesOnReopen(Kept):
+    def reopened(self) -> Kept:
+        other = super().reopened()
+        other._values = {key: value for key, value in other._values.items() if value[0].nbytes}
+        return other
+
+
+class RevivesOnReopen(Kept):
+    def __init__(self) -> None:
+        super().__init__()
+        self._deleted: dict[str, tuple[TensorSpec, torch.Tensor]] = {}
+
+    def delete(self, key: str) -> None:
+        self._deleted[key] = self._values[key]
+        super().delete(key)
+
+    def reopened(self) -> Kept:
+        other = super().reopened()
+        other._values |= self._deleted
+        return other
+
+
+class CopyingMemory(DeviceBackend):  # type: ignore[valid-type, misc]
+    def get(self, key: str) -> torch.Tensor:
+        live: torch.Tensor = super().get(key)
+        return typed_view(raw_bytes(live).clone(), TensorSpec.of(live))
+
+
+class CopyingAdopt(DeviceBackend):  # type: ignore[valid-type, misc]
+    def adopt(self, key: str, tensor: torch.Tensor) -> None:
+        self.put(key, tensor)
+
+
+class LeakingMemory(DeviceBackend):  # type: ignore[valid-type, misc]
+    def delete(self, key: str) -> None:
+        self.__dict__.setdefault("bin", []).append(self.get(key))
+        super().delete(key)
+
+
+class FailingClose(DictBackend):
+    def close(self) -> None:
+        raise RuntimeError("already gone")
+
+
+BROKEN_BACKENDS = {
+    LosesDtype: "dtype", LosesShape: "shape", LosesStride: "stride", LosesBits: "bits", RefusesDtype: "bits",
+    AliasesCaller: "put copies", HandsOutItsMemory: "get is private", ReusesMemory: "get survives", ClearsOnDelete: "get survives",
+    ReturnsNoneForMissing: "missing key", WrongErrorForMissing: "missing key", DeletesMissingInSilence: "missing key",
+    KeepsTheFirstValue: "overwrite", ListsOldSpec: "overwrite", DenseEntries: "entries", ForgetsEmpty: "entries", ListsTwice: "missing key",
+    ListsDeleted: "missing key", FoldsCase: "odd keys", ShortKeys: "odd keys", NormalisesUnicode: "odd keys",
+    DropsBeforeWriting: "atomic put", RecordsBeforeWriting: "atomic put", StoresNothingForNothing: "atomic put", SharesABuffer: "threads",
+    LosesOnReopen: "reopen", RevivesOnReopen: "reopen", CopyingMemory: "live memory", CopyingAdopt: "adopt", LeakingMemory: "delete",
+    FailingClose: "close",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("broken", "rule"), BROKEN_BACKENDS.items(), ids=lambda value: getattr(value, "__name__", value))
+def test_a_broken_backend_is_caught(broken: type[Backend], rule: str) -> None:
+    reopen = (lambda old: old.reopened()) if issubclass(broken, Kept) else None
+    with pytest.raises(ConformanceError) as caught:
+        check_backend(broken, reopen=reopen)
+    assert caught.value.rule == rule, caught.value
+    assert isinstance(caught.value, AssertionError)
+    assert repr(rule) in str(caught.value)
+
+
+def test_a_backend_that_is_not_fresh_is_noticed() -> None:
+    shared = DictBackend()
+    with pytest.raises(ConformanceError) as caught:
+        check_backend(lambda: shared)
+    assert caught.value.rule == "fresh"
+
+
+# -- policies ---------------------------------------------------------------------------------------------------------
+
+
+class Forgetful(LRU):
+    """Loses a key that is inserted again."""
+
+    def insert(self, key: str, nbytes: int) -> None:
+        if key in self._order:
+            del self._order[key]
+        else:
+            super().insert(key, nbytes)
+
+
+class Listed(Policy):
+    """A correct policy in the plainest way, for mistakes to be made in."""
+
+    def __init__(self) -> None:
+        self._keys: list[str] = []
+
+    def insert(self, key: str, nbytes: int) -> None:
+        if key not in self._keys:
+            self._keys.append(key)
+
+    def access(self, key: str) -> None:
+        self._keys.remove(key)
+        self._keys.append(key)
+
+    def remove(self, key: str) -> None:
+        self._keys.remove(key)
+
+    def victims(self) -> Iterator[str]:
+        return iter(self._keys)
+
+
+class Twice(Listed):
+    def insert(self, key: str, nbytes: int) -> None:
+        self._keys.append(key)
+
+
+class NeverRemoves(Listed):
+    def remove(self, key: str) -> None:
+        pass
+
+
+class AccessInserts(Listed):
+    def access(self, key: str) -> None:
+        self._keys.append(key)
+
+
+class RefusesAccess(Listed):
+    def access(self, key: str) -> None:
+        raise KeyError(key)
+
+
+class Consumes(Listed):
+    def victims(self) -> Iterator[str]:
+        while self._keys:
+            yield self._keys.pop(0)
+
+
+class Rotates(Listed):
+    def victims(self) -> Iterator[str]:
+        self._keys = self._keys[1:] + self._keys[:1]
+        return iter(list(self._keys))
+
+
+class ReturnsList(Listed):
+    def victims(self) -> Iterator[str]:
+        return list(self._keys)  # type: ignore[return-value]
+
+
+class SharedState(Listed):
+    _everybody: list[str] = []  # noqa: RUF012  (the mistake)
+
+    def __init__(self) -> None:
+        self._keys = self._everybody
+
+
+class Hides(Listed):
+    def victims(self) -> Iterator[str]:
+        return iter(self._keys[:10])
+
+
+BROKEN_POLICIES = {
+    Forgetful: "insert again", Twice: "insert again", NeverRemoves: "remove", AccessInserts: "access", RefusesAccess: "access",
+    Consumes: "stable order", Rotates: "stable order", ReturnsList: "iterator", Hides: "insert",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [LRU, Listed])
+def test_sound_policies_pass(make: Callable[[], Policy]) -> None:
+    for seed in range(5):
+        check_policy(make, events=400, seed=seed)
+
+
+@pytest.mark.parametrize(("broken", "rule"), BROKEN_POLICIES.items(), ids=lambda value: getattr(value, "__name__", value))
+def test_a_broken_policy_is_caught(broken: type[Policy], rule: str) -> None:
+    with pytest.raises(ConformanceError) as caught:
+        check_policy(broken)
+    assert caught.value.rule == rule, caught.value
+
+
+def test_policies_that_share_state_are_caught() -> None:
+    with pytest.raises(ConformanceError):
+        check_policy(SharedState)
+
+
+# -- faults and delays ------------------------------------------------------------------------------------------------
+
+
+class Mapped(DictBackend, MappedBackend):
+    pass
+
+
+@pytest.mark.parametrize("make", [DictBackend, device_backend, Mapped])
+def test_wrapping_keeps_the_capability(make: Callable[[], Backend]) -> None:
+    backend, wrapped = make(), wrap(make(), Faults())
+    for capability in (MemoryBackend, MappedBackend):
+        assert isinstance(wrapped, capability) is isinstance(backend, capability)
+
+
+@pytest.mark.parametrize("moment", ["before", "halfway"])
+@pytest.mark.parametrize("call", ["put", "get", "delete"])
+@pytest.mark.parametrize("make", [DictBackend, device_backend])
+def test_an_injected_fault_leaves_everything_as_it_was(make: Callable[[], Backend], call: Call, moment: Moment) -> None:
+    faults = Faults()
+    backend = wrap(make(), faults)
+    value = make_value(layout="sliced", seed=1)
+    backend.put("key", value)
+    live = backend.get("key")
+    faults.arm(call, 1, moment=moment)
+    act = {
+        "put": lambda: backend.put("key", make_value(seed=2)),
+        "get": lambda: backend.get("key"),
+        "delete": lambda: backend.delete("key"),
+    }
+    with pytest.raises(InjectedError, match=call):
+        act[call]()
+    assert dict(backend.entries()) == {"key": TensorSpec.of(value)}
+    assert bits(backend.get("key")) == bits(value)
+    assert not isinstance(backend, MemoryBackend) or backend.get("key") is live
+    act[call]()  # one arming, one failure
+    assert faults.fired == 1
+
+
+def test_a_failed_first_put_leaves_no_entry() -> None:
+    for moment in ("before", "halfway"):
+        faults = Faults()
+        backend = wrap(DictBackend(), faults)
+        faults.arm("put", moment=moment)  # type: ignore[arg-type]
+        with pytest.raises(InjectedError):
+            backend.put("key", make_value())
+        assert not list(backend.entries())
+
+
+def test_the_nth_call_fails_and_conditions_choose() -> None:
+    faults = Faults()
+    backend = wrap(DictBackend(), faults)
+    faults.arm("put", 3)
+    faults.arm_if(lambda call, key: key == "cursed")
+    backend.put("a", make_value())
+    with pytest.raises(InjectedError):
+        backend.put("cursed", make_value())
+    with pytest.raises(InjectedError):
+        backend.put("b", make_value())
+    faults.arm("get")
+    faults.disarm()
+    backend.get("a")
+    assert faults.calls["put"] == 3
+
+
+def test_a_closed_gate_holds_the_chosen_calls() -> None:
+    delays = Delays(None)
+    backend = wrap(DictBackend(), delays)
+    delays.gated = lambda call, key: key == "slow"
+    delays.gate.clear()
+    backend.put("quick", make_value())
+    assert not delays.entered.is_set()
+    thread = threading.Thread(target=backend.put, args=("slow", make_value()))
+    thread.start()
+    assert delays.entered.wait(10)
+    assert "slow" not in dict(backend.entries())
+    delays.gate.set()
+    thread.join(10)
+    assert "slow" in dict(backend.entries())
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+def test_values_cover_what_torch_offers() -> None:
+    expected = {
+        torch.bool,
+        torch.uint8,
+        torch.uint64,
+        torch.float16,
+        torch.bfloat16,
+        torch.complex128,
+        torch.float8_e4m3fn,
+        torch.float8_e8m0fnu,
+    }
+    assert expected <= set(DTYPES)
+    assert torch.quint8 not in DTYPES
+    by_layout = {name: make_value(layout=name, size=4) for name in LAYOUTS}
+    assert by_layout["channels_last"].is_contiguous(memory_format=torch.channels_last)
+    assert by_layout["transposed"].t().is_contiguous()
+    assert by_layout["sliced"].storage_offset() > 0
+    assert by_layout["expanded"].stride()[0] == 0
+    assert by_layout["empty"].numel() == 0
+    assert by_layout["scalar"].dim() == 0
+
+
+def test_bits_are_of_the_elements() -> None:
+    base = torch.arange(12, dtype=torch.int16).reshape(3, 4)
+    assert bits(base.t()) == bits(base.t().contiguous())
+    assert bits(base[:, 1:3]) == bits(base[:, 1:3].clone())
+    assert bits(torch.tensor(float("nan"))) == bits(torch.tensor(float("nan")))
+    assert bits(torch.tensor(0.0)) != bits(torch.tensor(-0.0))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "scalar", "empty"])
+def test_overwrite_stays_inside_the_tensor(layout: str) -> None:
+    value = make_value(torch.int64, layout, seed=1)
+    before = bits(value)
+    overwrite(value, seed=2)
+    assert bits(value) != before or not before
+
+
+def test_the_package_needs_no_hypothesis() -> None:
+    """Backend authors run the conformance kit with torch alone; only `stateful` imports hypothesis."""
+    code = "import sys; sys.modules['hypothesis'] = None; import tierstore.testing, tierstore.testing.twin"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
