@@ -29,7 +29,7 @@ class Outcome:
 def seed_all(seed: int = 0) -> None:
     """Seeds every generator a model may draw from."""
     torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - BigBird draws its blocks from the global one
+    np.random.seed(seed)  # BigBird draws its blocks from the global one
     random.seed(seed)
 
 
@@ -151,7 +151,10 @@ def tiered_run(model: nn.Module, run: Callable[[], Outcome]) -> tuple[Outcome, f
     before = [(t, t.detach().clone()) for t in [*model.parameters(), *model.buffers()]]
     for _ in range(MORE_BUDGET):
         try:
-            with tempfile.TemporaryDirectory(prefix="zoo-tiered-") as disk, tiered(model, gpu=budget, cpu=total // 3, disk=disk, device="cpu"):
+            with (
+                tempfile.TemporaryDirectory(prefix="zoo-tiered-") as disk,
+                tiered(model, gpu=budget, cpu=total // 3, disk=disk, device="cpu"),
+            ):
                 outcome = run()
             return outcome, budget / max(total, 1)
         except BudgetError as error:

@@ -5,11 +5,10 @@ import re
 from collections.abc import Iterator
 from itertools import product
 
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from makers import Guess, Maker
 from small_config import WIDTH
+from torch import Tensor
+from transformers import PreTrainedModel
 
 PICTURE = re.compile(r"pixel|image|grid|spatial_shapes|aspect_ratio|visual|merge_sizes|target_sizes")
 SOUND = re.compile(r"^input_features|^feature_|input_values|^audio|spectrogram")
@@ -50,14 +49,24 @@ def guesses(model: PreTrainedModel) -> Iterator[Guess]:
     grid = any("grid" in n or n == "merge_sizes" for n in names)
     drops = [frozenset[str]()]
     if "input_ids" in names:
-        drops += [frozenset({"sounds"})] * (see and hear) + [frozenset({"pictures"})] * (see and hear) + [frozenset({"pictures", "sounds"})] * (see or hear)
-    layouts = ["patches", "flat patches", "patch pictures", "patch row", "plain"] if grid else ["plain", "list", "pair", "frames", "padded patches", "patches"]
+        drops += (
+            [frozenset({"sounds"})] * (see and hear)
+            + [frozenset({"pictures"})] * (see and hear)
+            + [frozenset({"pictures", "sounds"})] * (see or hear)
+        )
+    layouts = (
+        ["patches", "flat patches", "patch pictures", "patch row", "plain"]
+        if grid
+        else ["plain", "list", "pair", "frames", "tiles", "padded patches", "patches"]
+    )
     sounds = ["mel-time", "time-mel", "channels", "channel-time-mel", "flat"]
     batch = 1 if grid or ("input_ids" in names and (see or hear)) else 2
     for without, lean in product(drops, (False, True)):
         for pixels in layouts if (see or "past_values" in names or "hidden_states" in names) and "pictures" not in without else ["plain"]:
             for features in sounds if hear and "sounds" not in without else ["mel-time", "codes"]:
                 yield Guess(without, lean, pixels, features, batch)
+    if batch > 1:
+        yield Guess(batch=1)
 
 
 def repair(guess: Guess, message: str) -> Guess | None:

@@ -9,7 +9,7 @@ need no gradient also the outputs under `no_grad`, which takes another path.
 import argparse
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 import warnings
 from collections import Counter, defaultdict

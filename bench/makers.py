@@ -118,7 +118,7 @@ class Maker:
         return (self.made["input_ids"] == self.placeholder("image")).long()
 
     def decoder_input_ids(self) -> Tensor:
-        return self.words(self.batch, TOKENS)
+        return self.words(self.batch * max(1, self.find("num_codebooks", default=1)), TOKENS)
 
     def qformer_input_ids(self) -> Tensor:
         return self.words(self.batch, TOKENS)
@@ -151,6 +151,7 @@ class Maker:
             "patch row": (1, GRID * GRID, channels, patch, patch),
             "list": (*lead, 1, channels, *size),
             "pair": (*lead, 2, channels, *size),
+            "tiles": (*lead, 1, self.find("max_num_tiles", default=4), channels, *size),
             "frames": (*lead, self.find("num_frames", "frames_per_clip", default=4), channels, *size),
         }
         return self.floats(*shapes.get(self.guess.pixels, (*lead, channels, *size)))
@@ -192,7 +193,8 @@ class Maker:
         return torch.tensor([1])
 
     def target_sizes(self) -> Tensor:
-        return self.image_grid_hw()
+        patch = self.find("patch_size", default=8, where=VISION)
+        return torch.tensor([[side // patch for side in self.size()]] * self.batch)
 
     def spatial_shapes(self) -> Tensor:
         return torch.tensor([[GRID, GRID]] * self.batch)
@@ -219,10 +221,12 @@ class Maker:
     def aspect_ratio_mask(self) -> Tensor:
         return torch.ones(self.batch, 1, self.find("max_num_tiles", default=4), dtype=torch.long)
 
+    def cross_attention_mask(self) -> Tensor:
+        return torch.ones(*self.made["input_ids"].shape, 1, self.find("max_num_tiles", default=4), dtype=torch.long)
+
     def flattened_patches(self) -> Tensor:
-        patch = self.find("patch_size", default=16, where=VISION)
         cells = torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID)).expand(self.batch, -1, -1) + 1
-        return torch.cat([cells.float(), self.floats(self.batch, GRID * GRID, 3 * patch * patch)], dim=-1)
+        return torch.cat([cells.float(), self.floats(self.batch, GRID * GRID, self.find("patch_embed_hidden_size", default=64))], dim=-1)
 
     def image_embeds_position_mask(self) -> Tensor:
         return self.made["input_ids"] == self.placeholder("image")
@@ -311,6 +315,8 @@ class Maker:
     def hidden_states(self) -> Tensor:
         if "patch" in self.guess.pixels:
             return self.pixel_values()
+        if self.guess.pixels == "list":
+            return self.like(replace(self.guess, pixels="plain")).pixel_values()
         return self.floats(self.batch, TOKENS, self.find("input_dim", default=self.hidden()))
 
     def mask(self) -> Tensor:

@@ -1,7 +1,7 @@
 """A model runs in a process whose memory is capped below the model's size, and gives the right output.
 
     python bench/memory_cap.py                                          # 3 GiB of weights, a cap of 1.5 GiB, a fast tier of 512 MiB
-    python bench/memory_cap.py --size 256MiB --cap 800MiB --cpu 64MiB   # quick, but there the plain model survives
+    python bench/memory_cap.py --size 512MiB --cap 600MiB --cpu 64MiB   # quick
 
 Four processes, one after the other, read the same random decoder:
 
@@ -10,23 +10,25 @@ Four processes, one after the other, read the same random decoder:
 - mapped:   the same model over `torch.load(mmap=True)`, where the kernel's page cache decides what stays: the thing to beat;
 - tiered:   `tiered(model, cpu=..., disk=...)` around two passes, and a third one after the `with`.
 
-The cap counts the page cache too where it is a cgroup. "anonymous" is the part that the kernel could not take back.
+torch itself takes about 220 MiB. Where the cap is a cgroup it counts the page cache too, so everything that reads a large
+file peaks at the cap; "anonymous" is the part that the kernel could not have taken back.
 """
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from mmap import MAP_PRIVATE, MAP_SHARED
 from pathlib import Path
 from typing import Any
 
 import torch
+from caps import Cap, DataLimit, make_cap
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -35,7 +37,6 @@ from torch.nn import functional
 from tierstore import format_size, parse_size, tiered
 
 WIDTH, HIDDEN, HEADS, VOCABULARY, TOKENS = 1024, 2816, 16, 8192, 16
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 # -- the model ----------------------------------------------------------------------------------------------------------
@@ -97,13 +98,14 @@ def answers(model: nn.Module, turn: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """What one process is told: its role, the model, the fast tier's bytes and the directory of all files."""
+    """What one process is told: its role, the model, the fast tier's bytes, the directory of all files, how to map them."""
 
     role: str
     blocks: int
     dtype: str
     cpu: int
     place: str
+    shared: bool
 
     @property
     def kind(self) -> torch.dtype:
@@ -127,8 +129,12 @@ class Log:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.told: dict[str, Any] = {"seconds": {}, "right": {}, "report": ""}
+        self.told = self.nothing()
         self._last = time.perf_counter()
+
+    @staticmethod
+    def nothing() -> dict[str, Any]:
+        return {"seconds": {}, "right": {}, "report": ""}
 
     def lap(self, step: str) -> None:
         """Note that `step` took the time since the last lap."""
@@ -160,7 +166,8 @@ def run_uncapped(task: Task, log: Log) -> None:
 
 def load(task: Task, log: Log, *, mmap: bool) -> Decoder:
     model = empty_model(task.blocks, task.kind)
-    model.load_state_dict(torch.load(task.weights, mmap=mmap, weights_only=True), assign=True)
+    with torch.serialization.set_default_mmap_options(MAP_SHARED if task.shared else MAP_PRIVATE):
+        model.load_state_dict(torch.load(task.weights, mmap=mmap, weights_only=True), assign=True)
     log.lap("load")
     return model
 
@@ -184,88 +191,13 @@ def run_tiered(task: Task, log: Log) -> None:
         tier = session.stats().tiers["cpu"]
         log.told["right"]["budget"] = tier.budget_bytes is not None and tier.peak_bytes <= tier.budget_bytes
         log.told["report"] = session.report()
+        if task.shared:  # what was on disk comes back as private maps, which take no memory but which this limit counts
+            DataLimit.lift()
     log.lap("leave")
     log.compare(model, 2, "pass 3 outside")
 
 
 ROLES = {"uncapped": run_uncapped, "plain": run_plain, "mapped": run_mapped, "tiered": run_tiered}
-
-
-# -- the cap ------------------------------------------------------------------------------------------------------------
-
-
-class Cap:
-    """A limit on a process's memory. `prelude` is the shell command by which the process puts itself under it."""
-
-    name: str
-    prelude: str
-
-    def anonymous(self) -> int:
-        """Return the bytes held now that are no page cache."""
-        return 0
-
-    def peak(self) -> int:
-        """Return the most bytes ever held, page cache included."""
-        return 0
-
-    def close(self) -> None:
-        """Remove what was set up; the process has ended."""
-
-
-class Cgroup(Cap):
-    """A memory cgroup of its own, with files named as in version 1 or 2; raises `OSError` where none can be made."""
-
-    def __init__(self, parent: Path, files: dict[str, str], limit: int) -> None:
-        self.folder, self._files = parent / f"tierstore-cap-{os.getpid()}", files
-        self.name = f"cgroup v{files['version']} at {self.folder}"
-        self.prelude = f"echo $$ > {self.folder}/cgroup.procs"
-        self.folder.mkdir()
-        try:
-            (self.folder / files["limit"]).write_text(str(limit))
-            with suppress(OSError):  # a kernel without swap accounting
-                (self.folder / files["swap"]).write_text(files["swap_limit"].format(limit=limit))
-        except OSError:
-            self.folder.rmdir()
-            raise
-
-    def anonymous(self) -> int:
-        rows = (line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
-        return next(int(value) for name, value in rows if name == self._files["anonymous"])
-
-    def peak(self) -> int:
-        return int((self.folder / self._files["peak"]).read_text())
-
-    def close(self) -> None:
-        self.folder.rmdir()
-
-
-class DataLimit(Cap):
-    """RLIMIT_DATA: counts private memory that may be written, mapped or not yet touched; says nothing of the page cache."""
-
-    def __init__(self, limit: int) -> None:
-        self.name = "RLIMIT_DATA, as no memory cgroup can be made here"
-        self.prelude = f"ulimit -d {limit // 1024}"
-
-    def peak(self) -> int:
-        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-
-
-V1 = {
-    "version": "1", "limit": "memory.limit_in_bytes", "peak": "memory.max_usage_in_bytes", "anonymous": "total_rss",
-    "swap": "memory.memsw.limit_in_bytes", "swap_limit": "{limit}",
-}  # fmt: skip
-V2 = {
-    "version": "2", "limit": "memory.max", "peak": "memory.peak", "anonymous": "anon", "swap": "memory.swap.max", "swap_limit": "0",
-}  # fmt: skip
-
-
-def make_cap(limit: int) -> Cap:
-    """Return the strictest cap that this machine allows."""
-    for parent, files in ((CGROUPS / "memory", V1), (CGROUPS, V2)):
-        with suppress(OSError):
-            if files is V1 or "memory" in (parent / "cgroup.subtree_control").read_text().split():
-                return Cgroup(parent, files, limit)
-    return DataLimit(limit)
 
 
 # -- the parent ---------------------------------------------------------------------------------------------------------
@@ -276,9 +208,7 @@ class Run:
     """How one process went."""
 
     role: str
-    cap: int | None
-    peak: int
-    anonymous: int
+    cap: Cap
     code: int
     last_words: str
     seconds: float
@@ -290,43 +220,37 @@ class Run:
 
     @property
     def died_of_memory(self) -> bool:
-        """True for a kill by the kernel, and for an allocation that failed."""
-        return self.code in (-9, 137) or "alloc" in self.last_words.lower() or "MemoryError" in self.last_words
+        """True for a kill by the kernel, and for memory that was refused."""
+        return self.code == -9 or any(word in self.last_words for word in ("MemoryError", "allocate memory", "unable to mmap", "err == 0"))
 
     @property
     def outcome(self) -> str:
-        if self.died_of_memory:
-            return "killed by the kernel: out of memory" if self.code in (-9, 137) else f"failed: {self.last_words[:60]}"
+        if self.code == -9:
+            return "killed by the kernel: out of memory"
         if self.code:
-            return f"FAILED with exit code {self.code}: {self.last_words}"
-        if self.role == "uncapped":
-            return "makes the expected output"
+            return f"{'out of memory' if self.died_of_memory else 'FAILED'}: {self.last_words[:70]}"
         wrong = [name for name, fine in self.told["right"].items() if not fine]
-        return f"WRONG: {', '.join(wrong)}" if wrong else f"right in all of {', '.join(self.told['right'])}"
+        return f"WRONG: {', '.join(wrong)}" if wrong else f"right: {', '.join(self.told['right']) or 'by definition'}"
 
 
-def run_process(task: Task, limit: int | None) -> Run:
-    """Run one role in its own process, under a cap of `limit` bytes if one is given."""
+def run_process(task: Task, cap: Cap) -> Run:
+    """Run one role in a process of its own under `cap`."""
     forget_pages(task.weights)
-    cap = Cap() if limit is None else make_cap(limit)
-    command = [sys.executable, __file__, "--task", json.dumps(vars(task))]
-    if limit is not None:
-        command = ["sh", "-c", f'{cap.prelude} && exec "$@"', "sh", *command]
+    command = ["sh", "-c", f'{cap.prelude} && exec "$@"', "sh", sys.executable, __file__, "--task", json.dumps(vars(task))]
     started = time.perf_counter()
-    anonymous = 0
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stderr=errors)
         while process.poll() is None:
             with suppress(OSError):
-                anonymous = max(anonymous, cap.anonymous())
+                cap.sample(process.pid)
             time.sleep(0.05)
         seconds = time.perf_counter() - started
+        with suppress(OSError):
+            cap.sample(process.pid)
         errors.seek(0)
         last_words = next((line for line in reversed(errors.read().splitlines()) if line.strip()), "")
-    told = json.loads(task.result.read_text()) if task.result.exists() else {"seconds": {}, "right": {}, "report": ""}
-    run = Run(task.role, limit, cap.peak(), anonymous, process.returncode, last_words, seconds, told)
-    cap.close()
-    return run
+    told = json.loads(task.result.read_text()) if task.result.exists() else Log.nothing()
+    return Run(task.role, cap, process.returncode, last_words, seconds, told)
 
 
 def forget_pages(file: Path) -> None:
@@ -337,40 +261,31 @@ def forget_pages(file: Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def table_of(runs: list[Run]) -> Table:
+def table_of(runs: list[Run], limit: int) -> Table:
     table = Table()
-    for name in ("process", "cap", "peak", "anonymous", "seconds", "outcome"):
+    for name in ("process", "cap", "peak", "anonymous", "seconds", "outcome", "seconds of each step"):
         table.add_column(name, justify="right" if name in ("cap", "peak", "anonymous", "seconds") else "left")
     for run in runs:
-        sizes = (format_size(size) if size else "-" for size in (run.cap, run.peak, run.anonymous))
-        table.add_row(run.role, *sizes, f"{run.seconds:.1f}", run.outcome)
-    return table
-
-
-def steps_of(runs: list[Run]) -> Table:
-    table = Table(title="seconds of each step", title_justify="left")
-    names = list(dict.fromkeys(name for run in runs for name in run.told["seconds"]))
-    for name in ("process", *names):
-        table.add_column(name, justify="left" if name == "process" else "right")
-    for run in runs:
-        table.add_row(run.role, *(f"{run.told['seconds'][name]:.2f}" if name in run.told["seconds"] else "-" for name in names))
+        cap = "none" if run.role == "uncapped" else format_size(limit)
+        steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in run.told["seconds"].items())
+        table.add_row(run.role, cap, format_size(run.cap.peak), format_size(run.cap.anonymous), f"{run.seconds:.1f}", run.outcome, steps)
     return table
 
 
 def measure(options: argparse.Namespace, place: str) -> int:
-    console = Console(width=150)
+    console = Console(width=170, highlight=False)
     blocks = blocks_for(options.size, getattr(torch, options.dtype))
-    cap = make_cap(options.cap)
-    console.print(f"{blocks} blocks, {options.dtype}; cap: {cap.name}; fast tier {format_size(options.cpu)}; files in {place}")
-    cap.close()
-    runs = []
+    runs = {}
     for role in ROLES:
-        task = Task(role, blocks, options.dtype, options.cpu, place)
-        runs.append(run_process(task, None if role == "uncapped" else options.cap))
-        console.print(f"{role}: {runs[-1].outcome}")
-    by_role = {run.role: run for run in runs}
-    console.print(by_role["tiered"].told["report"], table_of(runs), steps_of(runs))
-    shown = by_role["plain"].died_of_memory and by_role["tiered"].right
+        cap = make_cap(None if role == "uncapped" else options.cap)
+        try:
+            task = Task(role, blocks, options.dtype, options.cpu, place, shared=isinstance(cap, DataLimit))
+            runs[role] = run_process(task, cap)
+        finally:
+            cap.close()
+        console.print(f"{role} ({cap.name}): {runs[role].outcome}")
+    console.print(runs["tiered"].told["report"], table_of(list(runs.values()), options.cap))
+    shown = runs["plain"].died_of_memory and runs["tiered"].right
     console.print("shown: the plain model dies under the cap, the tiered one is right" if shown else "NOT shown")
     return 0 if shown else 1
 

@@ -50,7 +50,7 @@ TASKS = (  # in this order, because a head that runs all of a model's parts prov
 )
 
 
-class CannotBuild(Exception):
+class CannotBuild(Exception):  # noqa: N818 - it says what cannot be done
     """No class, recipe and inputs were found with which the type runs; the message is the first reason."""
 
 

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 from transformers import PretrainedConfig
 
-Value: TypeAlias = "int | float | str | bool | None | list[Value] | dict[str, Value]"
+Value: TypeAlias = "int | float | str | bool | list[Value] | dict[str, Value] | None"
 Node: TypeAlias = dict[str, Value]
 
 VOCAB = 128
@@ -54,9 +54,9 @@ RECIPES = (
 
 SKIP = ("id2label", "label2id", "quantization_config", "dtype", "model_type", "transformers_version", "architectures")
 ONE_PER_LAYER = r"(^|_)(layers?|depth|blocks)$|^(n|num)_(\w+_)?(layers?|blocks)$"
-STAGED = ("depths", "num_heads", "num_attention_heads", "hidden_sizes")
+STAGED = ("depths", "num_heads", "num_attention_heads", "hidden_sizes", "embed_dim_per_stage")
 TOKEN = re.compile(
-    r"token(_\w+)?_(id|index)$|_token$|^_?(bos|eos|pad|sep|cls|unk|mask|im_\w+|audio_\w+|image_\w+|tag_pad|subs_pad|codebook_pad)_(id|index)$"
+    r"token(_\w+)?_(id|index)$|(?<!per)_token$|^_?(bos|eos|pad|sep|cls|unk|mask|im_\w+|audio_\w+|image_\w+|tag_pad|subs_pad|codebook_pad)_(id|index)$"
 )
 IMAGE = re.compile(r"(^|_)(image|img)_size$|^(input|spec)_size$|^resolution$")
 LAYER_NUMBERS = re.compile(r"ind(ex|ic|x)|idx|layer|_ids$|blocks$")
@@ -65,6 +65,8 @@ KEEP = re.compile(
     r"|merge|num_feature_levels|window_size$|query_dim|num_mel_bins|in_chans|_mult$|expansion|_token_size|train_size|time_size"
     r"|chunk_size|block_size$|batch_size|crop_size|_fps|_sample_rate|sampling_rate|^scale|temperature|quantile|_sec|levels$"
 )
+# Every second layer is another kind, so that few layers have both.
+EXACT = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
 # The most that a count may be, first match wins.
 LIMITS: tuple[tuple[str, int], ...] = (
     (r"vocab(_size)?$|codebook_size$|num_embeds$|num_embeddings$|vectors_per_group$|_vocab_size_", VOCAB),
@@ -75,7 +77,7 @@ LIMITS: tuple[tuple[str, int], ...] = (
     (r"topk_group$|first_k_dense_replace|num_dense_layers|num_kv_shared_layers|nextn_predict_layers", 1),
     (r"(key_value|kv)_heads?$", 2),
     (r"^mamba_(n|num)_heads$|^n_mamba_heads$", 2 * HEADS),
-    (r"heads?$", HEADS),
+    (r"heads?(_per_layer)?$", HEADS),
     (r"qk_head_dim$", 2 * HEAD_DIM),
     (r"head_?dim$|^d_kv$|^d_head$|^dim_head$|head_size$|^kv_channels$|^mamba_d_head$|_dim_head$", HEAD_DIM),
     (r"position_embeddings$|^n_positions$|^n_ctx$|max_(source|target)_positions$|max_pos_emb|max_seq_len$|context_length$", 256),
@@ -88,12 +90,24 @@ LIMITS: tuple[tuple[str, int], ...] = (
     (r"^num_pos_feats$", WIDTH // 2),
 )
 WIDE = re.compile(
-    r"(^|_)(hidden_size|d_model|embd|embed_dim|width|dim|dims|size|channels?|units|features?|planes|rank|ssm|state|dff|embd|inner|proj)s?\d?(_\w+)?$"
+    r"(^|_)(hidden_size|d_model|embd|embed_dim|width|dim|dims|size|channels?|units|features?|planes|rank|ssm|state|dff|embd|inner|proj|dimension)s?\d?(_\w+)?$"
     r"|hidden_size|_dim_|^d_|embedding_dim|_size_|upsample_groups"
 )
-FFN = re.compile(r"intermediate_size|ffn_dim|^d_ff|^dff$|^mlp_dim|feed_?forward|ffn_hidden|^dim_ff|^n_inner|^d_inner|linear_units|mlp_hidden|d_ssm")
+FFN = re.compile(
+    r"intermediate_size|ffn_dim|^d_ff|^dff$|^mlp_dim|feed_?forward|ffn_hidden|^dim_ff|^n_inner|^d_inner|linear_units|mlp_hidden|d_ssm"
+)
 MOE = re.compile(r"moe|expert")
-UNSET = {"head_dim": HEAD_DIM, "vocab_size": VOCAB, "num_experts_per_tok": 2, "n_routed_experts": 4, "num_experts": 4, "num_key_value_heads": HEADS, "pad_token_id": 0, "mask_token_id": 5}
+UNSET = {
+    "head_dim": HEAD_DIM,
+    "vocab_size": VOCAB,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "num_experts": 4,
+    "num_key_value_heads": HEADS,
+    "pad_token_id": 0,
+    "mask_token_id": 5,
+    "sliding_window": 8,
+}
 
 
 @dataclass
@@ -121,7 +135,13 @@ def small_config(config_class: type[PretrainedConfig], recipe: Recipe, start: Ma
 def shrink_node(node: Node, tree: Tree) -> Node:
     """Returns one level of a config with its numbers, lists and sub-configs made small."""
     if node.get("model_type") == "timm_backbone":
-        return {"model_type": "resnet", "depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 64, 64], "embedding_size": 16, "out_indices": node["out_indices"]}
+        return {
+            "model_type": "resnet",
+            "depths": [1, 1, 1, 1],
+            "hidden_sizes": [16, 32, 64, 64],
+            "embedding_size": 16,
+            "out_indices": node["out_indices"],
+        }
     node = drop_layers(node, tree.recipe.layers)
     return {key: shrink_value(key, value, node, tree) for key, value in node.items()}
 
@@ -134,7 +154,7 @@ def shrink_value(key: str, value: Value, node: Node, tree: Tree) -> Value:
     if isinstance(value, dict):
         return shrink_rope(value, node, tree) if "rope" in key else shrink_node(value, tree)
     if isinstance(value, (list, tuple)):
-        return shrink_list(key, list(value), tree)
+        return type(value)(shrink_list(key, list(value), tree))
     return shrink_int(key, value, node, tree)
 
 
@@ -143,6 +163,10 @@ def shrink_int(key: str, value: int, node: Node, tree: Tree) -> int:
         return tree.token(value)
     if IMAGE.search(key):
         return min(value, tree.recipe.image or value)
+    if key in EXACT:
+        return EXACT[key]
+    if key == "encoder_hidden_size" and isinstance(node.get("downsampling_ratios"), (list, tuple)):
+        return min(value, 4)  # doubles with every ratio
     if key == "image_embedding_size" and isinstance(node.get("patch_size"), int) and isinstance(node.get("image_size"), int):
         return shrink_int("image_size", node["image_size"], node, tree) // shrink_int("patch_size", node["patch_size"], node, tree)
     if key.endswith("patch_size"):
@@ -178,7 +202,10 @@ def ratio(key: str, value: int, recipe: Recipe) -> int:
 def shrink_list(key: str, values: list[Value], tree: Tree) -> list[Value]:
     """Returns a list of the same length with small numbers; lists of numbers that are not widths stay as they are."""
     if any(isinstance(v, (dict, list, tuple)) for v in values):
-        return [shrink_node(v, tree) if isinstance(v, dict) else shrink_list(key, list(v), tree) if isinstance(v, (list, tuple)) else v for v in values]
+        return [
+            shrink_node(v, tree) if isinstance(v, dict) else shrink_list(key, list(v), tree) if isinstance(v, (list, tuple)) else v
+            for v in values
+        ]
     numbers = [v for v in values if type(v) is int]
     if len(numbers) < len(values) or not values or KEEP.search(key):
         return values
@@ -190,7 +217,9 @@ def shrink_list(key: str, values: list[Value], tree: Tree) -> list[Value]:
         return [tree.token(v) for v in numbers]
     if re.search(r"depths?$|num_(block_)?repeats|layers$|blocks", key):
         return [min(v, 2) for v in numbers]
-    if re.search(r"heads?$", key) and tree.recipe.mode == "uniform":
+    if key.endswith("_per_layer"):
+        return [shrink_int(key, v, {}, tree) for v in numbers]
+    if re.search(r"heads?(_per_stage)?$", key) and tree.recipe.mode == "uniform":
         return [min(1 << i, HEADS) for i in range(len(values))]
     return stage_widths(numbers, key, tree.recipe) if WIDE.search(key) or FFN.search(key) else values
 
@@ -214,7 +243,8 @@ def shrink_rope(rope: Node, node: Node, tree: Tree) -> Node:
     new = shrink_int("head_dim", old, node, tree)
     small = dict(rope)
     if tree.recipe.sections and "rope_theta" in rope and "mrope_section" not in rope:
-        small["mrope_section"] = apportion([16, 24, 24], max(3, new // 2))
+        share = rope.get("partial_rotary_factor", 1.0)
+        small["mrope_section"] = apportion([16, 24, 24], max(3, int(new // 2 * float(str(share)))))
     for key, value in rope.items():
         if isinstance(value, dict):
             small[key] = shrink_rope(value, node, tree)

@@ -9,6 +9,10 @@ of its own: one that hangs or crashes costs its own row.
 import argparse
 import json
 import multiprocessing
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+
 import time
 import warnings
 from collections import Counter
@@ -46,6 +50,7 @@ class Row:
     grads: str = ""
     peer_outputs: str = ""
     peer_grads: str = ""
+    ended: str = ""
     seconds: float = 0.0
 
     @property
@@ -183,13 +188,9 @@ def finish(job: tuple[str, BaseProcess, float], rows: dict[str, Row], late: str)
         process.kill()
     process.join()
     row = rows[name]
-    cause = late or (f"exit code {process.exitcode}" if process.exitcode else "")
-    if not cause:
-        return
-    row.built = row.built or cause
-    for field in ("outputs", "grads", "peer_outputs", "peer_grads"):
-        if getattr(row, field) == "crashed":
-            setattr(row, field, cause)
+    row.ended = late or (f"exit code {process.exitcode}" if process.exitcode else "")
+    if row.ended:
+        row.built = row.built or row.ended
 
 
 def mark(text: str) -> str:
@@ -217,6 +218,8 @@ def summarize(console: Console, rows: list[Row]) -> None:
     for row in built:
         if row.plain != EQUAL or row.plain_grads != EQUAL:
             console.print(f"plain run: {row.model_type}: outputs {row.plain}; gradients {row.plain_grads}", markup=False)
+        if row.ended:
+            console.print(f"ended early: {row.model_type}: {row.ended}", markup=False)
     for row in built:
         if row.failed:
             console.print(f"FAILED: {row.model_type} ({row.class_name}): {row.failed}", markup=False)
@@ -224,13 +227,14 @@ def summarize(console: Console, rows: list[Row]) -> None:
     for error, count in peer_errors.most_common(8):
         console.print(f"accelerate outputs, {count} models: {error}", markup=False)
     silent = sum(row.peer_grads.endswith("is missing") for row in trained)
+    peer_grads = sum(row.peer_grads == EQUAL for row in trained)
     lines = [
         f"built {len(built)} of {len(rows)} types, of which {len(trained)} have a repeatable backward when plain",
         f"fast tier larger than a third, because one operation needs more: {sum(row.share > THIRD for row in built)}",
         f"tiered: outputs equal {sum(row.outputs == EQUAL for row in built)} of {len(built)}",
         f"tiered: outputs and gradients equal {sum(row.grads == EQUAL for row in trained)} of {len(trained)}",
         f"accelerate disk_offload: outputs equal {sum(row.peer_outputs == EQUAL for row in built)} of {len(built)}",
-        f"accelerate disk_offload: gradients equal {sum(row.peer_grads == EQUAL for row in trained)} of {len(trained)}, silently missing {silent}",
+        f"accelerate disk_offload: gradients equal {peer_grads} of {len(trained)}, silently missing {silent}",
     ]
     console.print("\n".join(lines), highlight=False)
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tierstore.store import TieredStore
 from tierstore.testing.stateful import VARIANTS, StoreMachine, drive
+from tierstore.writing import Moves
 
 # examples of 40 steps; the rest of the default run is left to `drive`, which does ten times as many steps a second
 EXAMPLES = {"memory_only": 50, "three_memories": 50, "disk_last": 30, "bounded_disk": 30, "zarr_last": 10, "disk_over_zarr": 10}
@@ -52,7 +52,7 @@ def test_a_drive_repeats_from_its_seed() -> None:
 
 def test_a_lost_value_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine itself must be able to fail, and then say where."""
-    monkeypatch.setattr(TieredStore, "_write_in_place", lambda store, entry, tensor: None)
+    monkeypatch.setattr(Moves, "_write_in_place", lambda moves, entry, tensor: None)
     with pytest.raises(AssertionError, match=r"step \d+ of seed 0 over memory_only: .*other bits"):
         drive(5000, seed=0)
 

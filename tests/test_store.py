@@ -182,7 +182,7 @@ def test_lazy_views_are_resolved(rig: MakeRig) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [torch.empty(3, device="meta"), torch.eye(3).to_sparse(), [1.0], None, torch.nested.nested_tensor([torch.ones(2)])],
+    [torch.empty(3, device="meta"), torch.eye(3).to_sparse(), [1.0], None],
     ids=lambda v: type(v).__name__,
 )
 def test_what_cannot_be_stored_is_refused_and_leaves_nothing(rig: MakeRig, bad: torch.Tensor) -> None:
@@ -219,7 +219,7 @@ def test_a_missing_key_is_a_key_error_that_names_it(rig: MakeRig, act: str) -> N
         "lease": lambda: r.store.lease("gone").__enter__(),
         "delete": lambda: r.store.__delitem__("gone"),
     }
-    with pytest.raises(KeyError, match="^no entry is called 'gone'$") as caught:
+    with pytest.raises(KeyError, match=r"^no entry is called 'gone'$") as caught:
         acts.get(act, lambda: getattr(r.store, act)("gone"))()
     assert isinstance(caught.value, MissingKeyError)
 
@@ -312,7 +312,9 @@ def test_an_outdated_file_stays_until_the_new_value_replaces_it(rig: MakeRig) ->
     r = rig(10, 100)
     r.store.put("w", value(10, 1))
     r.store.flush()
-    r.store.put("w", value(10, 2))
+    with r.store.lease("w") as (tensor,):
+        tensor.fill_(2)
+        r.store.changed("w")
     assert torch.equal(r.slow.get("w"), value(10, 1)), "a crash now would lose both versions"
     assert r.used("slow") == 10, "what lies there must be counted"
     r.store.flush()
@@ -322,14 +324,15 @@ def test_an_outdated_file_stays_until_the_new_value_replaces_it(rig: MakeRig) ->
 
 
 def test_outdated_files_make_room_first(rig: MakeRig) -> None:
-    r = rig(30, 30)
+    r = rig(30, 60)
     for key in "abc":
         r.store.put(key, value(10))
     r.store.flush()
-    r.store.put("a", value(10, 1))
-    r.store.fill("d", value(10))
-    assert r.store.tier_of("d") == "slow"
-    assert {key for key, _ in r.slow.entries()} == {"b", "c", "d"}
+    with r.store.lease("a"):
+        r.store.changed("a")
+    r.store.put("large", value(40))  # 30 + 40 do not fit, 20 + 40 do
+    assert {key for key, _ in r.slow.entries()} == {"b", "c", "large"}
+    assert r.places() == {"a": "fast", "b": "fast", "c": "fast", "large": "slow"}
     r.check()
 
 
@@ -368,7 +371,7 @@ def test_prefetch_brings_up_what_fits_and_leaves_the_rest(rig: MakeRig) -> None:
         r.store.prefetch(key for key in "bcdef" if key in r.store).result(30)  # a generator may ask the store itself
         assert r.store.tier_of("a") == "fast"
     assert r.used("fast") == 30
-    r.store.offload("abc")
+    r.store.offload(list("abc"))
     r.store.put("big", value(31))
     r.store.prefetch("big").result(30)
     assert r.store.tier_of("big") == "slow"
@@ -586,7 +589,7 @@ def test_a_lease_that_fails_half_way_gives_everything_back(rig: MakeRig) -> None
     r = rig(30, None)
     for key in "abc":
         r.store.put(key, value(10))
-    r.store.offload("abc")
+    r.store.offload(list("abc"))
     r.faults(1).arm("get", 2)
     with pytest.raises(InjectedError):
         r.store.lease("a", "b", "c").__enter__()
@@ -755,27 +758,55 @@ def test_close_without_flush_leaves_the_last_tier_as_it_was(rig: MakeRig) -> Non
 
 def test_a_with_block_closes_also_after_an_error(rig: MakeRig) -> None:
     r = rig(20, None)
-    with pytest.raises(ZeroDivisionError), r.store:
-        r.store.put("w", value(10))
-        r.store.prefetch("w")
-        raise ZeroDivisionError
+
+    def fail_inside() -> None:
+        with r.store:
+            r.store.put("w", value(10))
+            r.store.prefetch("w")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
     assert dict(r.slow.entries()).keys() == {"w"}
     with pytest.raises(ClosedError):
         r.store.get("w")
 
 
-def test_a_closed_store_refuses_everything_and_closes_twice(rig: MakeRig) -> None:
+def test_a_store_is_closed_once(rig: MakeRig) -> None:
     r = rig(20, None)
     r.store.put("w", value(10))
     closes: list[int] = []
     r.slow.close = lambda: closes.append(1)  # type: ignore[method-assign]
-    in_threads(*[r.store.close] * 4)
+    assert in_threads(*[r.store.close] * 4) == [None] * 4
     r.store.close()
     assert closes == [1]
-    for act in (len, list, lambda s: "w" in s, lambda s: s.put("w", value(1)), lambda s: s.lease("w").__enter__(), lambda s: s.prefetch("w"),
-                lambda s: s.offload("w"), lambda s: s.flush(), lambda s: s.tier_of("w"), lambda s: s.resize("fast", 5), lambda s: s.__delitem__("w")):  # fmt: skip
-        with pytest.raises(ClosedError, match="closed"):
-            act(r.store)
+
+
+AFTER_CLOSE: dict[str, Callable[[TieredStore], object]] = {
+    "len": len,
+    "iter": list,
+    "in": lambda store: "w" in store,
+    "get": lambda store: store.get("w"),
+    "put": lambda store: store.put("w", value(1)),
+    "delete": lambda store: store.__delitem__("w"),
+    "lease": lambda store: store.lease("w").__enter__(),
+    "changed": lambda store: store.changed("w"),
+    "prefetch": lambda store: store.prefetch("w"),
+    "offload": lambda store: store.offload("w"),
+    "resize": lambda store: store.resize("fast", 5),
+    "tier_of": lambda store: store.tier_of("w"),
+    "flush": lambda store: store.flush(),
+}
+
+
+@pytest.mark.parametrize("act", AFTER_CLOSE)
+def test_a_closed_store_refuses_everything(rig: MakeRig, act: str) -> None:
+    r = rig(20, None)
+    r.store.put("w", value(10))
+    r.store.close()
+    with pytest.raises(ClosedError, match="this store is closed; open a new one"):
+        AFTER_CLOSE[act](r.store)
+    assert r.store.stats().tiers["fast"].budget_bytes == 20  # what happened can still be read
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
@@ -979,8 +1010,7 @@ def test_crosswise_leases_end_in_one_budget_error_never_in_a_hang(rig: MakeRig, 
                 with r.store.lease(second):
                     outcomes.append("both")
             except BudgetError as error:
-                assert error.required_bytes > error.budget_bytes
-                outcomes.append("refused")
+                outcomes.append("refused" if error.required_bytes > error.budget_bytes else str(error))
 
     assert in_threads(lambda: work("a", "c"), lambda: work("b", "d"), timeout=30) == [None, None]
     assert sorted(outcomes) == ["both", "refused"]
@@ -1117,7 +1147,7 @@ def test_a_key_that_is_deleted_and_put_again_while_a_lease_waits(rig: MakeRig) -
         assert waiter.still_running()
         del r.store["b"]
         r.store.put("b", value(10, 2))
-    with pytest.raises(MissingKeyError, match="'b' was deleted"):
+    with pytest.raises(MissingKeyError, match="'b'"):
         waiter.join()
     assert torch.equal(r.store.get("b"), value(10, 2))
     r.check()
@@ -1171,6 +1201,24 @@ def test_room_is_not_made_from_a_copy_that_is_being_replaced(rig: MakeRig) -> No
     large.join()
     assert torch.equal(slow.get("k"), value(60, 2))
     assert torch.equal(r.store.get("k"), value(60, 2))
+    r.check()
+
+
+def test_a_value_written_while_it_is_flushed_is_not_taken_for_clean(rig: MakeRig) -> None:
+    slow = LateReturn()
+    r = rig(100, None, slow=slow)
+    r.store.put("w", value(60, 1))
+    slow.late = "w"
+    with r.store.lease("w") as (tensor,):
+        flush = Background(r.store.flush)
+        assert slow.written.wait(30)
+        tensor.fill_(2)
+        r.store.changed("w")
+        slow.gate.set()
+        flush.join()
+    assert r.used("slow") == 60
+    r.store.offload("w")
+    assert torch.equal(r.store.get("w"), value(60, 2))
     r.check()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from tierstore.entry import Entry
 from tierstore.errors import TierStoreError
-from tierstore.residency import Residency
+from tierstore.leasing import Leasing
 
 
 class LeasedTensors(tuple[torch.Tensor, ...]):
@@ -45,7 +45,7 @@ class LeasedTensors(tuple[torch.Tensor, ...]):
 class Lease:
     """Context manager that holds a lease on `keys`; made by `TieredStore.lease`. Good for one use at a time."""
 
-    def __init__(self, moves: Residency, keys: Sequence[str]) -> None:
+    def __init__(self, moves: Leasing, keys: Sequence[str]) -> None:
         self._moves = moves
         self._keys = keys
         self._entries: list[Entry] | None = None

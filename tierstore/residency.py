@@ -1,4 +1,4 @@
-"""Moves entries between tiers: makes room, evicts, fills; the core of the store.
+"""Moves entries between tiers: makes room, evicts, copies; the core of the store.
 
 [Note: who waits for whom]
 An entry that moves is marked busy by one thread, which then waits for nobody until it has unmarked it: making room
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from tierstore.backend import MappedBackend, MemoryBackend
 from tierstore.entry import Entry
-from tierstore.errors import BudgetError, ClosedError, MissingKeyError
+from tierstore.errors import BudgetError, ClosedError, MissingKeyError, TierStoreError
 from tierstore.stats import Counters
 from tierstore.tier import Tier
 
@@ -33,9 +33,8 @@ class Residency:
         self.lock = threading.Condition(threading.Lock())
         self.entries: dict[str, Entry] = {}
         self.counters = Counters()
-        self.leased_bytes = 0
         self.closed = False
-        self._held: dict[int, int] = {}  # thread -> bytes it leased
+        self._held: dict[int, int] = {}  # thread -> bytes it leased; kept by `Leasing`
         self._waiting: set[int] = set()
         self._busy = 0
 
@@ -209,7 +208,7 @@ class Residency:
             if level == 0:
                 entry.tensor = entry.derived = None
             if tier.memory:
-                with suppress(Exception):
+                with suppress(OSError, TierStoreError):
                     self.delete_stale(tier, entry.key)
 
     def delete_stale(self, tier: Tier, key: str) -> None:
@@ -218,153 +217,20 @@ class Residency:
         tier.drop_stale(key)
         self.wake()
 
-    # -- leases -------------------------------------------------------------------------------------------------
+    # -- busy marks, and who waits for whom -----------------------------------------------------------------------------
 
-    def acquire(self, entries: Iterable[Entry], operation: object, *, headroom: int = 0, wait: bool = True) -> bool:
-        """Make all entries resident and lease them, all or none.
+    def mark_busy(self, entry: Entry) -> None:
+        entry.busy = True
+        self._busy += 1
 
-        With `wait` it waits for other threads' leases where that can help and raises `BudgetError` where it cannot;
-        without, it answers False instead. `operation` is what errors call it; `headroom`: bytes of the fast tier that must
-        stay free of leases.
-        """
-        wanted = list(dict.fromkeys(entries))
-        started: float | None = None
-        while not self._try_acquire(wanted, headroom):
-            started = started or time.perf_counter()
-            if any(entry.busy for entry in wanted):
-                self.lock.wait()
-            elif not wait:
-                return False
-            else:
-                self._wait_for_room(operation, wanted)
-            self.check_open()
-        if started is not None:
-            self.counters.stall_seconds += time.perf_counter() - started
-        return True
-
-    def lease_resident(self, entry: Entry, headroom: int) -> bool:
-        """Lease an entry if that takes no move and leaves `headroom` bytes free of leases: the short way of `acquire`."""
-        if entry.busy or 0 not in entry.tiers:
-            return False
-        if entry.leases == 0:
-            budget = self.tiers[0].ledger.budget
-            if budget is not None and self.leased_bytes + entry.nbytes + headroom > budget:
-                return False
-            self.leased_bytes += entry.nbytes
-        entry.leases += 1
-        me = threading.get_ident()
-        self._held[me] = self._held.get(me, 0) + entry.nbytes
-        self.counters.hits += 1
-        self.tiers[0].policy.access(entry.key)
-        return True
-
-    def _try_acquire(self, wanted: list[Entry], headroom: int) -> bool:
-        if any(entry.busy for entry in wanted):
-            return False
-        for entry in wanted:
-            if self.entry(entry.key) is not entry:
-                raise MissingKeyError(f"{entry.key!r} was deleted, and another value put, while this thread waited for it")
-        budget = self.tiers[0].ledger.budget
-        fresh = sum(entry.nbytes for entry in wanted if entry.leases == 0)
-        if budget is not None and self.leased_bytes + fresh + headroom > budget:
-            return False
-        missing = [entry for entry in wanted if 0 not in entry.tiers]
-        self._lease(wanted)
-        if not missing:
-            self._count(wanted, 0)
-            return True
-        need = sum(entry.nbytes for entry in missing)
-        try:
-            ready = self.make_room(0, need)
-        except BaseException:
-            self.release(wanted)
-            raise
-        moved = not self._still_missing(missing)  # by another thread, while room was made
-        if ready and not moved:
-            self._count(wanted, len(missing))
-            self._fill(wanted, missing)
-            return True
-        if ready:
-            self.tiers[0].ledger.release(need)
-        self.release(wanted)
-        return moved and self._try_acquire(wanted, headroom)
-
-    def _still_missing(self, missing: list[Entry]) -> bool:
-        return all(0 not in entry.tiers and not entry.busy and self.entries.get(entry.key) is entry for entry in missing)
-
-    def _fill(self, wanted: list[Entry], missing: list[Entry]) -> None:
-        """Copy reserved and leased entries into the fast tier; on failure give back every lease and reservation."""
-        started = time.perf_counter()
-        for entry in missing:
-            self.mark_busy(entry)
-        todo = list(missing)
-        try:
-            while todo:
-                entry = todo.pop(0)
-                try:
-                    self.copy(entry, min(entry.tiers), 0)
-                finally:
-                    self.unmark_busy(entry)
-        except BaseException:
-            for entry in todo:
-                self.tiers[0].ledger.release(entry.nbytes)
-                self.unmark_busy(entry)
-            self.release(wanted)
-            raise
-        self.counters.stall_seconds += time.perf_counter() - started
-
-    def _count(self, wanted: list[Entry], missed: int) -> None:
-        self.counters.misses += missed
-        self.counters.hits += len(wanted) - missed
-        policy = self.tiers[0].policy
-        for entry in wanted:
-            if 0 in entry.tiers:
-                policy.access(entry.key)
-
-    def _lease(self, entries: list[Entry]) -> None:
-        me = threading.get_ident()
-        taken = 0
-        for entry in entries:
-            if entry.leases == 0:
-                self.leased_bytes += entry.nbytes
-            entry.leases += 1
-            taken += entry.nbytes
-        self._held[me] = self._held.get(me, 0) + taken
-
-    def hold(self, entry: Entry) -> None:
-        """Lease a resident entry for good, on behalf of no thread."""
-        if entry.leases == 0:
-            self.leased_bytes += entry.nbytes
-        entry.leases += 1
-
-    def unhold(self, entry: Entry) -> None:
-        """End a `hold`."""
-        entry.leases -= 1
-        if entry.leases == 0:
-            self.leased_bytes -= entry.nbytes
+    def unmark_busy(self, entry: Entry) -> None:
+        entry.busy = False
+        self._busy -= 1
         self.wake()
 
-    def release(self, entries: Iterable[Entry], owner: int | None = None) -> None:
-        """Give back one lease on each entry; `owner` is the thread that took it, by default this one."""
-        thread = threading.get_ident() if owner is None else owner
-        given = 0
-        for entry in entries:
-            entry.leases -= 1
-            given += entry.nbytes
-            if entry.leases == 0:
-                self.leased_bytes -= entry.nbytes
-        left = self._held.get(thread, 0) - given
-        if left > 0:
-            self._held[thread] = left
-        else:
-            self._held.pop(thread, None)
-        self.wake()
-
-    def _wait_for_room(self, operation: object, wanted: list[Entry]) -> None:
-        """Wait until another thread gives something up; raise `BudgetError` if none will, or if it cannot help."""
-        if not self.tiers[0].ledger.fits(sum(entry.nbytes for entry in wanted)):
-            raise self._budget_error(operation, wanted)
-        self.wait_for_others(lambda: self._budget_error(operation, wanted))
+    def wait_until_idle(self, entry: Entry) -> None:
+        while entry.busy:
+            self.lock.wait()
 
     def wait_for_others(self, error: Callable[[], BudgetError]) -> None:
         """Wait until another thread gives up room, a busy mark or a lease; raise `error()` if none of them ever will."""
@@ -381,32 +247,3 @@ class Residency:
         """Let every waiting thread look again. Until it has, it does not count as waiting in vain."""
         self._waiting.clear()
         self.lock.notify_all()
-
-    def _budget_error(self, operation: object, wanted: list[Entry]) -> BudgetError:
-        tier = self.tiers[0]
-        budget = tier.ledger.budget or 0
-        names = ", ".join(repr(entry.key) for entry in wanted[:5]) + (", ..." if len(wanted) > 5 else "")
-        operation = f"{operation} on {names}"
-        required = sum(entry.nbytes for entry in wanted)
-        if required > budget:
-            return BudgetError(operation, tier=tier.name, required_bytes=required, budget_bytes=budget)
-        held = self.leased_bytes - sum(entry.nbytes for entry in wanted if entry.leases)
-        hint = f"{held} bytes of it are leased at this moment: raise the budget of {tier.name!r}, or release leases first"
-        if held + required <= budget:
-            hint = "no tier below has room for what would have to leave: raise a budget below it, or add a disk tier"
-        return BudgetError(operation, tier=tier.name, required_bytes=required + held, budget_bytes=budget, hint=hint)
-
-    # -- busy marks ---------------------------------------------------------------------------------------------
-
-    def mark_busy(self, entry: Entry) -> None:
-        entry.busy = True
-        self._busy += 1
-
-    def unmark_busy(self, entry: Entry) -> None:
-        entry.busy = False
-        self._busy -= 1
-        self.wake()
-
-    def wait_until_idle(self, entry: Entry) -> None:
-        while entry.busy:
-            self.lock.wait()

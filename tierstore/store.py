@@ -13,11 +13,11 @@ from tierstore.entry import Entry
 from tierstore.errors import BudgetError, TierStoreError
 from tierstore.lease import Lease
 from tierstore.policy import PolicyFactory, policy_factory
-from tierstore.residency import Residency
 from tierstore.sizes import Size, parse_size
-from tierstore.spec import TensorSpec, raw_bytes, storable
+from tierstore.spec import TensorSpec
 from tierstore.stats import Stats, TierStats
 from tierstore.tier import Tier
+from tierstore.writing import Moves
 
 
 class TieredStore:
@@ -37,7 +37,7 @@ class TieredStore:
         make_policy = policy_factory(policy)
         for tier in tiers:
             tier.policy = make_policy()
-        self._moves = Residency(tiers)
+        self._moves = Moves(tiers)
         self._lock = self._moves.lock
         self._background: ThreadPoolExecutor | None = None
         try:
@@ -55,11 +55,11 @@ class TieredStore:
 
         Raises `BudgetError` if no tier can, and leaves the older value in place when it fails.
         """
-        self._put(key, tensor, evict=True)
+        self._moves.put(key, tensor, evict=True)
 
     def fill(self, key: str, tensor: torch.Tensor) -> None:
         """Like `put`, into the fastest tier with free room: nothing is evicted while a slower tier has room."""
-        self._put(key, tensor, evict=False)
+        self._moves.put(key, tensor, evict=False)
 
     def get(self, key: str) -> torch.Tensor:
         """Return the value of `key`, brought into the fastest tier.
@@ -94,12 +94,7 @@ class TieredStore:
             entry = self._moves.entry(key)
             if entry.tensor is None or not entry.leases:
                 raise TierStoreError(f"{key!r} is not leased; call changed() inside the lease in which it was written, or use put")
-            self.outdate(entry)
-
-    def outdate(self, entry: Entry) -> None:
-        """Make the resident copy of `entry` the only valid one. Expects the lock."""
-        entry.version += 1
-        self._moves.invalidate(entry, keep=0)
+            self._moves.outdate(entry)
 
     def __delitem__(self, key: str) -> None:
         with self._lock:
@@ -149,7 +144,7 @@ class TieredStore:
             for key in names:
                 entry = self._moves.idle_entry(key)
                 if entry.resident and not entry.leases and not self._moves.evict(entry, 0):
-                    raise self._no_room(f"offloading {entry.key!r}", entry.nbytes)
+                    raise self._moves.no_room(f"offloading {entry.key!r}", entry.nbytes)
 
     def resize(self, tier: str, budget: Size | None) -> None:
         """Change the budget of a tier to `budget` (None: no limit), evicting at once what no longer fits.
@@ -193,7 +188,7 @@ class TieredStore:
         return tuple(self._moves.tiers)
 
     @property
-    def moves(self) -> Residency:
+    def moves(self) -> Moves:
         """The core below this store, for layers that lease entries without names."""
         return self._moves
 
@@ -225,7 +220,7 @@ class TieredStore:
                 self._moves.mark_busy(entry)
                 try:
                     if not self._moves.make_room(last, entry.nbytes):
-                        raise self._no_room(f"flushing {entry.key!r}", entry.nbytes, last)
+                        raise self._moves.no_room(f"flushing {entry.key!r}", entry.nbytes, last)
                     self._moves.copy(entry, min(entry.tiers), last)
                 finally:
                     self._moves.unmark_busy(entry)
@@ -283,86 +278,6 @@ class TieredStore:
             entry = self._moves.entries[key] = Entry(key, spec)
             self._moves.added(entry, level)
 
-    def _put(self, key: str, tensor: torch.Tensor, *, evict: bool) -> None:
-        if not isinstance(key, str):
-            raise TierStoreError(f"a key is a str, got {type(key).__name__}")
-        tensor = storable(tensor)
-        spec = TensorSpec.of(tensor)
-        with self._lock:
-            entry, level = self._claim(key, spec, evict=evict)
-            try:
-                if level is None:
-                    self._write_in_place(entry, tensor)
-                else:
-                    self._write(entry, level, tensor, spec)
-            finally:
-                self._unclaim(entry)
-
-    def _claim(self, key: str, spec: TensorSpec, *, evict: bool) -> tuple[Entry, int | None]:
-        """Mark the entry of `key` busy and reserve room for a new value: its level, or None to write over the old one."""
-        moves = self._moves
-        while True:
-            moves.check_open()
-            entry = moves.entries.get(key)
-            if entry is None:
-                entry = moves.entries[key] = Entry(key, spec)
-            elif moves.moving(entry):
-                self._lock.wait()
-                continue
-            if entry.leases and entry.spec != spec:
-                raise TierStoreError(f"{key!r} is leased as {entry.spec}; a value of another shape or dtype can be put after the lease")
-            moves.mark_busy(entry)
-            try:
-                level = None if entry.leases else self._reserve(spec.nbytes, evict=evict)
-            except BaseException:
-                self._unclaim(entry)
-                raise
-            if level is not None or entry.leases or (entry.resident and entry.spec == spec):
-                return entry, level
-            self._unclaim(entry)
-            if not any(tier.ledger.fits(spec.nbytes) for tier in moves.tiers):
-                raise self._no_room(f"putting {key!r}", spec.nbytes)
-            moves.wait_for_others(lambda: self._no_room(f"putting {key!r}", spec.nbytes))
-
-    def _unclaim(self, entry: Entry) -> None:
-        self._moves.unmark_busy(entry)
-        if not entry.tiers:  # a new key whose first write failed
-            del self._moves.entries[entry.key]
-
-    def _reserve(self, nbytes: int, *, evict: bool) -> int | None:
-        levels = range(len(self._moves.tiers))
-        if not evict:
-            for level in levels:
-                if self._moves.tiers[level].ledger.reserve(nbytes):
-                    return level
-        return next((level for level in levels if self._moves.make_room(level, nbytes)), None)
-
-    def _write(self, entry: Entry, level: int, tensor: torch.Tensor, spec: TensorSpec) -> None:
-        """Write a value where its bytes are reserved; outdate the older copies only when it is complete."""
-        tier = self._moves.tiers[level]
-        with self._moves.writing(tier, entry.key, spec.nbytes):
-            tier.backend.put(entry.key, tensor)
-        self._moves.invalidate(entry, keep=level)
-        if level in entry.tiers:
-            self._moves.removed(entry, level)
-        entry.describe(spec)
-        entry.version += 1
-        self._moves.added(entry, level)
-
-    def _write_in_place(self, entry: Entry, tensor: torch.Tensor) -> None:
-        """Overwrite a resident value of the same spec, which its lease holders see change."""
-        target = entry.tensor
-        self._lock.release()
-        try:
-            if target is None:
-                self._moves.tiers[0].backend.put(entry.key, tensor)
-            else:
-                with torch.no_grad():
-                    raw_bytes(target).copy_(raw_bytes(tensor))
-        finally:
-            self._lock.acquire()
-        self.outdate(entry)
-
     def _prefetch(self, entries: list[Entry]) -> None:
         for entry in entries:
             with self._lock:
@@ -374,14 +289,6 @@ class TieredStore:
 
     def _count(self, level: int) -> int:
         return sum(level in entry.tiers for entry in self._moves.entries.values())
-
-    def _no_room(self, operation: str, nbytes: int, level: int | None = None) -> BudgetError:
-        tiers = self._moves.tiers
-        tier = tiers[level] if level is not None else max(tiers, key=lambda t: (t.ledger.budget is None, t.ledger.budget or 0))
-        return BudgetError(
-            operation, tier=tier.name, required_bytes=nbytes, budget_bytes=tier.ledger.budget or 0,
-            hint="raise a budget, add a slower tier, or delete the older value first",
-        )  # fmt: skip
 
     @staticmethod
     def _persistent(backend: Backend) -> bool:

@@ -24,9 +24,9 @@ from tierstore.patch.source import EntrySource, Host, Source, typed_part
 from tierstore.patch.swap import replace_content
 from tierstore.patch.tensor import tiered_class
 from tierstore.patch.wrapper import Wrapper
-from tierstore.residency import Residency
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
 from tierstore.store import TieredStore
+from tierstore.writing import Moves
 
 Progress = Callable[[Iterable[Region]], Iterable[Region]]
 
@@ -65,7 +65,7 @@ class Attachment(Host):
         self._unreleased: deque[tuple[list[Entry], int]] = deque()
 
     @property
-    def moves(self) -> Residency:
+    def moves(self) -> Moves:
         return self.store.moves
 
     # -- in -----------------------------------------------------------------------------------------------------

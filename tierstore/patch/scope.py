@@ -25,14 +25,14 @@ from tierstore.patch.shield import shielded
 from tierstore.patch.source import EntrySource
 from tierstore.patch.swap import own_attributes
 from tierstore.patch.tensor import TieredTensor
-from tierstore.residency import Residency
+from tierstore.writing import Moves
 
 
 class Room(Protocol):
     """What a scope asks its session: the mover of its store, and how many bytes leases must leave free."""
 
     @property
-    def moves(self) -> Residency: ...
+    def moves(self) -> Moves: ...
     @property
     def headroom(self) -> int: ...
 
@@ -110,8 +110,7 @@ class Frame:
             for entry, plain, version in self._versions:
                 if plain._version != version:
                     plain._tiered._source.forget_snapshot()
-                    entry.version += 1
-                    moves.invalidate(entry, keep=0)
+                    moves.outdate(entry)
             moves.release(self._handed)
 
 

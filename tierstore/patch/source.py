@@ -142,7 +142,7 @@ class EntrySource(Source):
         if self.settled is None:
             store = self._host.store
             with store.moves.lock:
-                store.outdate(self.entry)
+                store.moves.outdate(self.entry)
 
 
 class CopySource(Source):

@@ -1,0 +1,108 @@
+"""Puts new values into the tiers, and outdates the old copies only when the new one is complete."""
+
+from __future__ import annotations
+
+import torch
+
+from tierstore.entry import Entry
+from tierstore.errors import BudgetError, TierStoreError
+from tierstore.leasing import Leasing
+from tierstore.spec import TensorSpec, raw_bytes, storable
+
+
+class Moves(Leasing):
+    """Everything that can happen to entries: moves, leases and, here, writes. What a `TieredStore` is built on."""
+
+    def put(self, key: str, tensor: torch.Tensor, *, evict: bool) -> None:
+        """Store a copy of `tensor` in the fastest tier that can take it (`evict`), or that has free room. Takes the lock itself."""
+        if not isinstance(key, str):
+            raise TierStoreError(f"a key is a str, got {type(key).__name__}")
+        tensor = storable(tensor)
+        spec = TensorSpec.of(tensor)
+        with self.lock:
+            entry, level = self._claim(key, spec, evict=evict)
+            try:
+                if level is None:
+                    self._write_in_place(entry, tensor)
+                else:
+                    self._write(entry, level, tensor, spec)
+            finally:
+                self._unclaim(entry)
+
+    def _claim(self, key: str, spec: TensorSpec, *, evict: bool) -> tuple[Entry, int | None]:
+        """Mark the entry of `key` busy and reserve room for a new value: its level, or None to write over the old one."""
+        while True:
+            self.check_open()
+            entry = self.entries.get(key)
+            if entry is None:
+                entry = self.entries[key] = Entry(key, spec)
+            elif self.moving(entry):
+                self.lock.wait()
+                continue
+            if entry.leases and entry.spec != spec:
+                raise TierStoreError(f"{key!r} is leased as {entry.spec}; a value of another shape or dtype can be put after the lease")
+            self.mark_busy(entry)
+            try:
+                level = None if entry.leases else self._reserve(spec.nbytes, evict=evict)
+            except BaseException:
+                self._unclaim(entry)
+                raise
+            if level is not None or entry.leases or (entry.resident and entry.spec == spec):
+                return entry, level
+            self._unclaim(entry)
+            if not any(tier.ledger.fits(spec.nbytes) for tier in self.tiers):
+                raise self.no_room(f"putting {key!r}", spec.nbytes)
+            self.wait_for_others(lambda: self.no_room(f"putting {key!r}", spec.nbytes))
+
+    def _unclaim(self, entry: Entry) -> None:
+        self.unmark_busy(entry)
+        if not entry.tiers:  # a new key whose first write failed
+            del self.entries[entry.key]
+
+    def _reserve(self, nbytes: int, *, evict: bool) -> int | None:
+        levels = range(len(self.tiers))
+        if not evict:
+            for level in levels:
+                if self.tiers[level].ledger.reserve(nbytes):
+                    return level
+        return next((level for level in levels if self.make_room(level, nbytes)), None)
+
+    def _write(self, entry: Entry, level: int, tensor: torch.Tensor, spec: TensorSpec) -> None:
+        """Write a value where its bytes are reserved; outdate the older copies only when it is complete."""
+        tier = self.tiers[level]
+        with self.writing(tier, entry.key, spec.nbytes):
+            tier.backend.put(entry.key, tensor)
+        self.invalidate(entry, keep=level)
+        if level in entry.tiers:
+            self.removed(entry, level)
+        entry.describe(spec)
+        entry.version += 1
+        self.added(entry, level)
+
+    def _write_in_place(self, entry: Entry, tensor: torch.Tensor) -> None:
+        """Overwrite a resident value of the same spec, which its lease holders see change."""
+        target = entry.tensor
+        self.lock.release()
+        try:
+            if target is None:
+                self.tiers[0].backend.put(entry.key, tensor)
+            else:
+                with torch.no_grad():
+                    raw_bytes(target).copy_(raw_bytes(tensor))
+        finally:
+            self.lock.acquire()
+        self.outdate(entry)
+
+    def outdate(self, entry: Entry) -> None:
+        """Make the resident copy of `entry` the only valid one."""
+        entry.version += 1
+        self.invalidate(entry, keep=0)
+
+    def no_room(self, operation: str, nbytes: int, level: int | None = None) -> BudgetError:
+        """Return the error for a value that no tier, or not the one at `level`, can take."""
+        tiers = self.tiers
+        tier = tiers[level] if level is not None else max(tiers, key=lambda t: (t.ledger.budget is None, t.ledger.budget or 0))
+        return BudgetError(
+            operation, tier=tier.name, required_bytes=nbytes, budget_bytes=tier.ledger.budget or 0,
+            hint="raise a budget, add a slower tier, or delete the older value first",
+        )  # fmt: skip
