@@ -29,6 +29,8 @@ START: dict[str, Node] = {
     "instructblip": {"image_token_index": 100},  # unset by default
     "instructblipvideo": {"video_token_index": 100},  # unset by default
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},  # unset by default
+    "mobilenet_v1": {"depth_multiplier": 0.25},  # the only setting that its widths follow
+    "mobilenet_v2": {"depth_multiplier": 0.35},  # the only setting that its widths follow
     "time_series_transformer": HORIZON,
     "xmod": {"default_language": "en_XX"},  # the first language must be chosen
 }

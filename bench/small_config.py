@@ -61,7 +61,7 @@ TOKEN = re.compile(
 IMAGE = re.compile(r"(^|_)(image|img)_size$|^(input|spec)_size$|^resolution$")
 LAYER_NUMBERS = re.compile(r"ind(ex|ic|x)|idx|layer|_ids$|blocks$")
 KEEP = re.compile(
-    r"num_channels|kernel|stride|padding|dilation|ratio|factor|_rate$|period|interval|seed|_cost|coefficient|_weight|labels"
+    r"num_channels|kernel|stride|padding|dilation|ratio|factor|_rate$|period|interval|seed|_cost|coefficient|_weight|(?<!bpe_)(?<!wordpiece_)(?<!character_)labels"
     r"|merge|num_feature_levels|window_size$|query_dim|num_mel_bins|in_chans|_mult$|expansion|_token_size|train_size|time_size"
     r"|chunk_size|block_size$|batch_size|crop_size|_fps|_sample_rate|sampling_rate|^scale|temperature|quantile|_sec|levels$"
 )
@@ -88,6 +88,8 @@ LIMITS: tuple[tuple[str, int], ...] = (
     (r"^(num|n)_filters$", 4),
     (r"^base_channels$", 32),
     (r"^num_pos_feats$", WIDTH // 2),
+    (r"^rotary_dim$|^pos_emb_(height|width)$|^prompt_(types|length)$|^zero_expert_num$", 8),
+    (r"^num_(bpe|wordpiece|character)_labels$|^num_hash_buckets$|^max_speech_positions$", 256),
 )
 WIDE = re.compile(
     r"(^|_)(hidden_size|d_model|embd|embed_dim|width|dim|dims|size|channels?|units|features?|planes|rank|ssm|state|dff|embd|inner|proj|dimension)s?\d?(_\w+)?$"
@@ -165,6 +167,8 @@ def shrink_int(key: str, value: int, node: Node, tree: Tree) -> int:
         return min(value, tree.recipe.image or value)
     if key in EXACT:
         return EXACT[key]
+    if key == "num_heads" and "expand" in node and tree.recipe.mode == "uniform":
+        return min(value, 2 * HEADS)  # a Mamba whose heads share the expanded width
     if key == "encoder_hidden_size" and isinstance(node.get("downsampling_ratios"), (list, tuple)):
         return min(value, 4)  # doubles with every ratio
     if key == "image_embedding_size" and isinstance(node.get("patch_size"), int) and isinstance(node.get("image_size"), int):

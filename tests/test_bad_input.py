@@ -266,3 +266,38 @@ def test_unlimited_without_sizes() -> None:
     with tiered(model, device="cpu") as session:
         assert session.stats().tiers["cpu"].budget_bytes is None
         assert session.stats().tiers["cpu"].used_bytes == nbytes(model)
+
+
+def test_device_that_does_not_exist(scratch: Path) -> None:
+    model = model_of()
+    for device in ("nonsense", "meta"):
+        with untouched(model, scratch), pytest.raises(BackendError, match='device="cpu"'):
+            tiered(model, gpu=2000, disk=scratch, device=device)
+
+
+def test_leaving_when_a_weight_cannot_be_brought_back(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost: the weight stays tiered and works, the others are plain, and closing again brings it back."""
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6)))
+    objects, values, x = dict(model.named_parameters()), state(model), torch.ones(1, 16)
+    expected = model(x).detach()
+    session = under_pressure(model, scratch)
+    assert torch.equal(model(x), expected)
+    disk = session.store.tiers[-1].backend
+    lost = next(key for key, _ in disk.entries() if session.tier_of(key) == "disk")
+    get = type(disk).get
+
+    def failing(backend: object, key: str) -> torch.Tensor:
+        if key == lost:
+            raise OSError(12, "Cannot allocate memory")
+        return get(backend, key)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(disk), "get", failing)
+    with pytest.raises(TierStoreError, match=r"close\(\) again"):
+        session.close()
+    monkeypatch.undo()
+    assert type(objects[lost]) is not nn.Parameter
+    assert all(type(p) is nn.Parameter for name, p in objects.items() if name != lost)
+    assert torch.equal(model(x), expected)
+    session.close()
+    assert restored(model, objects)
+    assert same(state(model), values)

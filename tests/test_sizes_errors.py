@@ -106,7 +106,6 @@ def test_missing_key_error_prints_as_a_sentence() -> None:
     assert str(MissingKeyError()) == ""
 
 
-@pytest.mark.xfail(strict=True, reason="errors.py: BudgetError and CorruptionError cannot be rebuilt from their args; needs __reduce__")
 @pytest.mark.parametrize(
     "error",
     [BudgetError("put", tier="cpu", required_bytes=2, budget_bytes=1), CorruptionError("w", "f", "r")],

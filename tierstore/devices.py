@@ -21,11 +21,14 @@ def working_accelerator() -> torch.device | None:
 
 def compute_device(device: str | torch.device | None) -> torch.device:
     """Return `device` with an index if it has several, after checking that it allocates; by default the accelerator, else the CPU."""
-    chosen = torch.device(device) if device is not None else working_accelerator() or torch.device("cpu")
     try:
-        return torch.empty(1, device=chosen).device
+        chosen = torch.device(device) if device is not None else working_accelerator() or torch.device("cpu")
+        place = torch.empty(1, device=chosen).device
     except (RuntimeError, AssertionError) as error:
-        raise BackendError(f'device {chosen} cannot be used here: {error}; give device="cpu" or a device that works') from error
+        raise BackendError(f'device {device} cannot be used here: {error}; give device="cpu" or a device that works') from error
+    if place.type == "meta":
+        raise BackendError('the meta device holds no data and cannot compute; give device="cpu" or a device that works')
+    return place
 
 
 def names_device(name: str | torch.device | int, device: torch.device) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 
 class TierStoreError(Exception):
     """Anything that tierstore refuses or cannot do."""
@@ -45,10 +48,20 @@ class BudgetError(TierStoreError, MemoryError):
         self.tier = tier
         self.required_bytes = required_bytes
         self.budget_bytes = budget_bytes
+        self._hint = hint
         way_out = hint or f"raise the budget of {tier!r} to at least {required_bytes} bytes"
         super().__init__(
             f"{operation} needs {required_bytes} bytes at once in tier {tier!r}, whose budget is {budget_bytes} bytes; {way_out}"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:  # errors cross process borders; exceptions rebuild from their message alone
+        options: dict[str, Any] = {
+            "tier": self.tier,
+            "required_bytes": self.required_bytes,
+            "budget_bytes": self.budget_bytes,
+            "hint": self._hint,
+        }
+        return functools.partial(BudgetError, **options), (self.operation,)
 
 
 class CorruptionError(TierStoreError, OSError):
@@ -59,3 +72,6 @@ class CorruptionError(TierStoreError, OSError):
         self.file = file
         self.reason = reason
         super().__init__(f"stored value of {key!r} is damaged ({reason}) in {file}; delete the entry or restore the file")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CorruptionError, (self.key, self.file, self.reason)

@@ -86,13 +86,14 @@ class Tiered:
         self.close()
 
     def close(self) -> None:
-        """Restore the model and remove the scratch files. Closing twice is fine."""
-        if not self._open:
-            return
-        self._open = False
-        try:
+        """Restore the model and remove the scratch files. Closing twice is fine.
+
+        Raises `TierStoreError` if some weights could not be brought back (no memory left, a disk that fails): those stay
+        tiered and usable, and closing again tries them again.
+        """
+        if self._open:
             self._attachment.detach()
-        finally:
+            self._open = False
             self.store.close(flush=False)
 
     @property

@@ -311,12 +311,12 @@ class Attachment(Host):
     def detach(self) -> None:
         """Make the models plain again: same objects, devices and ties, values as last written. The store can close then.
 
-        What cannot be read back raises after everything else is restored, and stays a TieredTensor that raises.
+        Whatever cannot be brought back stays a TieredTensor that works as long as the store is open, and an error says so;
+        calling again tries the rest.
         """
         for handle in self._handles:
             handle.remove()
-        for module in self._modules:
-            remove_scope(module)
+        self._handles = []
         self._sweep()
         for name, tensor in named_tensors(self.roots):  # what appeared without passing a hook
             if isinstance(tensor, Wrapper) and id(tensor) not in self._bound:
@@ -325,24 +325,28 @@ class Attachment(Host):
         errors = self._settle_sources(bindings)
         for region, entry in self._held.items():
             give_back_held(region, entry)
-        for binding in bindings:
-            restore_binding(binding)
-        self._regions, self._held = [], {}
-        self._modules.clear()
+        self._held = {}
+        left = {id(binding) for binding in bindings if not restore_binding(binding)}
+        self._regions = [region for region in self._regions if any(id(binding) in left for binding in region.bindings)]
+        for module in self._modules:
+            remove_scope(module)
         if errors:
-            raise errors[0]
+            raise TierStoreError(
+                f"{len(errors)} weights could not be brought back ({errors[0]}); they stay tiered and keep working, all others are plain; "
+                "make room, then call close() again"
+            ) from errors[0]
+        self._modules.clear()
 
     def _settle_sources(self, bindings: list[Binding]) -> list[Exception]:
         errors: list[Exception] = []
-        for source in list(self._sources):
-            try:
-                source.before_write()  # copies still to be made would find no store
-            except (TierStoreError, OSError) as error:
-                errors.append(error)
         homes = {id(source): b.device for b in bindings if isinstance(b.tensor, Wrapper) for source in b.tensor._source.chain()}
         for source in list(self._sources):
             try:
+                source.before_write()  # copies still to be made would find no store
                 settle(self.store, source, homes.get(id(source)))
-            except (TierStoreError, OSError) as error:
+            except (TierStoreError, OSError, RuntimeError, MemoryError) as error:
                 errors.append(error)
+        for source in list(self._sources):  # those that the lazy copies turned into
+            if source.settled is None and not errors:
+                settle(self.store, source, homes.get(id(source)))
         return errors

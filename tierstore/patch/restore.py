@@ -25,7 +25,12 @@ def move_plain(tensor: torch.Tensor, part: torch.Tensor) -> None:
 
 
 def settle(store: TieredStore, source: EntrySource, device: torch.device | None) -> None:
-    """Give `source` its final plain tensor, on `device`; bytes in memory are handed over, files are mapped, nothing is doubled."""
+    """Give `source` its final plain tensor, on `device`, unless it has it.
+
+    Bytes in memory are handed over, files are mapped: nothing is doubled.
+    """
+    if source.settled is not None:
+        return
     moves = store.moves
     with moves.lock:
         moves.wait_until_idle(source.entry)
@@ -36,14 +41,14 @@ def settle(store: TieredStore, source: EntrySource, device: torch.device | None)
     source.settled = tensor
 
 
-def restore_binding(binding: Binding) -> None:
-    """Turn a TieredTensor back into a plain tensor over its settled bytes; one that a user replaced, or whose bytes are lost, stays."""
+def restore_binding(binding: Binding) -> bool:
+    """Turn a TieredTensor back into a plain tensor; False if its source is not settled. What a user replaced stays as it is."""
     wrapper = binding.tensor
     if not isinstance(wrapper, Wrapper):
-        return
+        return True
     source = wrapper._source
     if any(True for _ in source.entries()):
-        return  # not settled: its bytes could not be read
+        return False
     geometry = wrapper.geometry()
     with torch.inference_mode(False), torch.no_grad():
         plain = typed_part(source.read(), geometry.spec, geometry.offset)
@@ -54,6 +59,7 @@ def restore_binding(binding: Binding) -> None:
         elif wrapper.requires_grad:
             plain.requires_grad_()
     _replace_or_keep(wrapper, plain, binding.names[0])
+    return True
 
 
 def _replace_or_keep(wrapper: Wrapper, plain: torch.Tensor, name: str) -> None:
