@@ -56,7 +56,7 @@ class Case:
     def build(self) -> nn.Module:
         seed_all()
         arguments = deepcopy((self.constructor.args, self.constructor.kwargs))
-        return self.module_class(*arguments[0], **arguments[1]).train(self.training)
+        return self.module_class(*arguments[0], **arguments[1]).to(torch.float32).train(self.training)
 
     def fresh_inputs(self) -> tuple[tuple[object, ...], dict[str, object]]:
         """Returns copies of the inputs, because a module may write into them and gradients add up in them."""

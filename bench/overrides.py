@@ -15,6 +15,7 @@ START: dict[str, Node] = {
     "autoformer": HORIZON,
     "bamba": {"attn_layer_indices": [1]},  # by default no layer has attention, and its cache then fails
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},  # empty by default
+    "cvt": {"depth": [1, 2, 3]},  # the last stage reads the third of its own drop rates
     "deepseek_v2": {**EXPERTS, "n_group": 1, "topk_group": 1},  # how many experts a token has is unset by default
     "dots1": EXPERTS,  # the number of experts is unset by default
     "efficientnet": {"width_coefficient": 0.25, **CHANNELS},

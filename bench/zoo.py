@@ -29,7 +29,7 @@ from rich.progress import Progress
 from rich.table import Table
 from shrink import CannotBuild, Sample, build, grad_outcome, model_types, reason, run_outcome
 
-THIRD = 0.34
+THIRD = 1 / 3
 EQUAL = "equal"
 
 

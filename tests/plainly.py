@@ -39,7 +39,7 @@ def same(a: Any, b: Any) -> bool:
 def _same(a: Any, b: Any) -> bool:
     if not isinstance(a, torch.Tensor):
         return type(a) is type(b) and (a == b or a is b)
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    return (a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor | None]:

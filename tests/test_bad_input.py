@@ -130,13 +130,12 @@ def test_unknown_backend_or_policy(scratch: Path) -> None:
 
 def test_model_already_tiered(scratch: Path) -> None:
     model = model_of()
-    with untouched(model, scratch):
-        with under_pressure(model, scratch):
-            with pytest.raises(ModelError, match="already under tiered"):
-                tiered(model, gpu=2000, disk=scratch, device="cpu")
-            with pytest.raises(ModelError, match="already under tiered"):
-                tiered([nn.Linear(2, 2), model[0]], gpu=2000, disk=scratch, device="cpu")
-            model(torch.ones(1, 16))
+    with untouched(model, scratch), under_pressure(model, scratch):
+        with pytest.raises(ModelError, match="already under tiered"):
+            tiered(model, gpu=2000, disk=scratch, device="cpu")
+        with pytest.raises(ModelError, match="already under tiered"):
+            tiered([nn.Linear(2, 2), model[0]], gpu=2000, disk=scratch, device="cpu")
+        model(torch.ones(1, 16))
 
 
 def test_model_held_by_another_session(scratch: Path) -> None:

@@ -348,6 +348,17 @@ def test_the_last_tier_gives_up_what_a_faster_one_has(rig: MakeRig) -> None:
     r.check()
 
 
+def test_the_last_tier_gives_up_a_copy_for_one_that_has_no_other(rig: MakeRig) -> None:
+    r = rig(20, 20)
+    for number, key in enumerate("abc"):
+        r.store.put(key, value(10, number))
+    r.store.get("a")  # in both tiers now, and c only in the fast one
+    r.store.put("d", value(10, 3))
+    assert r.places() == {"a": "fast", "b": "slow", "c": "slow", "d": "fast"}
+    assert {key for key, _ in r.slow.entries()} == {"b", "c"}
+    r.check()
+
+
 def test_deleting_gives_all_bytes_back(rig: MakeRig) -> None:
     r = rig(10, 10, None)
     for number in range(3):
@@ -721,6 +732,7 @@ def test_flush_into_too_small_a_tier_says_so_and_moves_nothing(rig: MakeRig) -> 
     with pytest.raises(BudgetError, match=r"flushing needs 30 bytes.*'slow'.* 20 bytes.*close\(flush=False\)"):
         r.store.flush()
     assert r.faults(1).calls["put"] == writes
+    r.store.prefetch("0").result(30)
     with pytest.raises(BudgetError):
         r.store.close()
     r.store.prefetch("0").result(30)  # a close that failed leaves a working store
@@ -739,6 +751,10 @@ def test_what_was_closed_is_found_again_in_its_newest_version(tmp_path: Path, na
         for number in range(4):
             store.put(str(number), value(10, number))
         store.flush()
+        store.offload(list("0123"))  # so that each tier has a copy that will be outdated
+        for number in range(4):
+            store.fill(str(number), value(10, number))
+            store.offload(str(number))
         for number in range(4):
             with store.lease(str(number)) as (tensor,):
                 tensor.fill_(10 + number)

@@ -159,6 +159,8 @@ def _compute(func: Any, op: Op, args: Args, kwargs: Kwargs) -> Any:
     held = _acquire(wrappers, func)
     try:
         plain = {id(wrapper): wrapper.show(wrapper._source.read()) for wrapper in wrappers}
+        if op.custom:
+            plain = {id(wrapper): _flagged(plain[id(wrapper)], wrapper) for wrapper in wrappers}
         try:
             result = func(*[_replace(a, plain) for a in args], **{name: _replace(a, plain) for name, a in kwargs.items()})
         finally:
@@ -167,6 +169,11 @@ def _compute(func: Any, op: Op, args: Args, kwargs: Kwargs) -> Any:
     finally:
         _release(held)
     return _rewrap(result, {id(plain[id(wrapper)]): wrapper for wrapper in written}) if written else result
+
+
+def _flagged(plain: torch.Tensor, wrapper: Wrapper) -> torch.Tensor:
+    """Return `plain` with the `requires_grad` of `wrapper`: `matmul` inside a kernel folds by it, and the last bit changes."""
+    return plain.detach().requires_grad_() if wrapper.requires_grad else plain
 
 
 def _written(op: Op, args: Args, kwargs: Kwargs) -> list[Wrapper]:

@@ -31,11 +31,15 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """`written`: positions, and `written_names` keyword names, of the arguments that the operator changes."""
+    """`written`: positions, and `written_names` keyword names, of the arguments that the operator changes.
+
+    `custom`: not one of torch's own. Such a kernel may be Python that asks for `requires_grad`, or calls what does.
+    """
 
     kind: Kind
     written: tuple[int, ...]
     written_names: tuple[str, ...]
+    custom: bool
 
 
 # These write their running statistics without saying so in the schema.
@@ -58,7 +62,7 @@ def describe(func: Any) -> Op:
     written = [i for i, argument in enumerate(positional) if argument.alias_info is not None and argument.alias_info.is_write]
     names = [a.name for a in schema.arguments if a.kwarg_only and a.alias_info is not None and a.alias_info.is_write]
     written += _UNDECLARED_WRITES.get(schema.name, ())
-    return Op(_kind(func, schema, bool(written or names)), tuple(written), tuple(names))
+    return Op(_kind(func, schema, bool(written or names)), tuple(written), tuple(names), func.namespace not in ("aten", "prim", "prims"))
 
 
 def _kind(func: Any, schema: Any, writes: bool) -> Kind:
