@@ -120,7 +120,7 @@ def test_disk_path_belongs_to_another_store(tmp_path: Path) -> None:
 
 def test_unknown_backend_or_policy(scratch: Path) -> None:
     model = model_of()
-    with pytest.raises(BackendError, match="installed: .*disk.*zarr"):
+    with pytest.raises(BackendError, match=r"installed: .*disk.*zarr"):
         open_backend("tape")
     with untouched(model, scratch), pytest.raises(BackendError, match="installed"):
         tiered(model, gpu=2000, disk="tape://somewhere", device="cpu")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -60,58 +61,78 @@ class Scope:
             del self._frames[thread]
             frame.close()
 
-    def read(self, value: TieredTensor) -> torch.Tensor:
+    def read(self, value: TieredTensor, neighbours: Iterable[object]) -> torch.Tensor:
         """Return what a reader of the attribute gets now: a plain tensor inside a call of this thread, else `value`."""
         frame = self._frames.get(threading.get_ident())
-        return value if frame is None else frame.hand_out(value)
+        return value if frame is None else frame.hand_out(value, neighbours)
 
 
 class Frame:
     """The leases of one call, and what was handed out under them."""
 
-    __slots__ = ("_handed", "_room", "_versions")
+    __slots__ = ("_entries", "_plain", "_room", "_versions")
 
     def __init__(self, room: Room) -> None:
         self._room = room
-        self._handed: dict[Entry, ResidentParameter] = {}
-        self._versions: list[tuple[Entry, ResidentParameter, int]] = []
+        self._plain: dict[int, ResidentParameter] = {}  # by the id of the TieredTensor
+        self._entries: list[Entry] = []
+        self._versions: list[int] = []
 
-    def hand_out(self, value: TieredTensor) -> torch.Tensor:
-        """Lease `value`'s entry and return the plain tensor in its place; `value` itself where that cannot be."""
-        source = value._source
-        if not isinstance(source, EntrySource) or not value._whole or source.settled is not None or source.has_pending_copies:
+    def hand_out(self, value: TieredTensor, neighbours: Iterable[object]) -> torch.Tensor:
+        """Lease `value`'s entry and return the plain tensor in its place; `value` itself where that cannot be.
+
+        The first read leases what else of the module is resident, `neighbours`, in the same turn of the lock.
+        """
+        plain = self._plain.get(id(value))
+        if plain is not None:
+            return plain if plain.requires_grad == value.requires_grad else value
+        entry = _entry_behind(value)
+        if entry is None:
             return value
-        entry = source.entry
-        handed = self._handed.get(entry)
-        if handed is None:
-            if not self._lease(entry):
-                return value
-        elif handed._tiered is value:
-            return handed
-        plain = self._handed[entry] = _plain_of(entry, value)
-        self._versions.append((entry, plain, plain._version))
-        return plain
-
-    def _lease(self, entry: Entry) -> bool:
         room = self._room
         moves = room.moves
         with moves.lock:
-            if moves.lease_resident(entry, room.headroom):
-                return True
-            with shielded():
-                return moves.acquire([entry], "a module scope", headroom=room.headroom, wait=False)
+            if not moves.lease_resident(entry, room.headroom):
+                with shielded():
+                    if not moves.acquire([entry], "a module scope", headroom=room.headroom, wait=False):
+                        return value
+            plain = self._note(entry, value)
+            if len(self._entries) == 1:
+                self._lease_resident(neighbours)
+        return plain
+
+    def _lease_resident(self, values: Iterable[object]) -> None:
+        for value in values:
+            if type(value) is TieredTensor and id(value) not in self._plain:
+                entry = _entry_behind(value)
+                if entry is not None and self._room.moves.lease_resident(entry, self._room.headroom):
+                    self._note(entry, value)
+
+    def _note(self, entry: Entry, value: TieredTensor) -> ResidentParameter:
+        plain = self._plain[id(value)] = _plain_of(entry, value)
+        self._entries.append(entry)
+        self._versions.append(plain._version)
+        return plain
 
     def close(self) -> None:
         """Record what was written in place and give the leases back."""
-        if not self._handed:
+        if not self._entries:
             return
         moves = self._room.moves
         with moves.lock:
-            for entry, plain, version in self._versions:
+            for entry, plain, version in zip(self._entries, self._plain.values(), self._versions, strict=True):
                 if plain._version != version:
                     plain._tiered._source.forget_snapshot()
                     moves.outdate(entry)
-            moves.release(self._handed)
+            moves.release(self._entries)
+
+
+def _entry_behind(value: TieredTensor) -> Entry | None:
+    """Return the entry that `value` shows as a whole; None where a plain tensor cannot stand in its place."""
+    source = value._source
+    if value._whole and type(source) is EntrySource and source.settled is None and not source.has_pending_copies:
+        return source.entry
+    return None
 
 
 class ResidentParameter(torch.nn.Parameter):
@@ -158,7 +179,7 @@ class ScopedParameters(dict[str, Any]):
         value = dict.__getitem__(self, name)
         if type(value) is not TieredTensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return value  # a Parameter subclass stays wrapped too: readers may test for its class
-        return self.scope.read(value)
+        return self.scope.read(value, self.values())
 
     def __setitem__(self, name: str, value: Any) -> None:
         dict.__setitem__(self, name, value._tiered if isinstance(value, ResidentParameter) else value)
