@@ -6,7 +6,7 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -302,8 +302,13 @@ def layer_numbers(key: str, value: Value, count: int, node: Node) -> list[int]:
         return []
     if not LAYER_NUMBERS.search(key) or len(set(numbers)) < len(numbers) or max(numbers) > count:
         return []
-    base = 1 if "stage_names" in node or max(numbers) == count else 0  # a backbone counts its stem as 0
+    base = counted_from(numbers, count, node)
     return [v - base for v in numbers if 0 <= v - base < count]
+
+
+def counted_from(numbers: Sequence[int], count: int, node: Node) -> int:
+    """Returns the number that a list gives to the first layer: a backbone calls its stem 0."""
+    return int("stage_names" in node or max(numbers) == count)
 
 
 def only_layers(key: str, value: Value, count: int, kept: list[int], node: Node) -> Value:
@@ -321,5 +326,5 @@ def only_layers(key: str, value: Value, count: int, kept: list[int], node: Node)
         return value
     if isinstance(value, dict):
         return {str(kept.index(int(k))): v for k, v in value.items() if int(k) in kept}
-    base = min(numbers[0], value[0]) != numbers[0] or value[0] != numbers[0]
-    return [kept.index(i) + int(base) for i in numbers if i in kept]
+    base = counted_from(value, count, node)
+    return [kept.index(i) + base for i in numbers if i in kept]

@@ -1086,6 +1086,30 @@ def test_a_waiting_thread_is_not_refused_for_one_that_is_about_to_go_on(rig: Mak
     r.check()
 
 
+def test_who_has_been_woken_no_longer_counts_as_waiting(rig: MakeRig) -> None:
+    """The same below the surface, where the order of the threads is certain."""
+    r = rig(100)
+    for key in "ab":
+        r.store.put(key, value(10))
+    moves, waiting = r.store.moves, threading.Event()
+    refusal = BudgetError("waiting", tier="fast", required_bytes=2, budget_bytes=1)
+
+    def holder() -> None:
+        with r.store.lease("b"), moves.lock:
+            waiting.set()
+            moves.wait_for_others(lambda: refusal)
+
+    with moves.lock:
+        moves.acquire([moves.entry("a")], "a test")
+    other = Background(holder)
+    assert waiting.wait(30)
+    with moves.lock:  # from here on the holder waits, and cannot run before this thread waits too
+        moves.release([moves.entry("a")])
+        moves.wait_for_others(lambda: refusal)
+    other.join()
+    r.check()
+
+
 def test_two_threads_may_want_the_same_value(rig: MakeRig) -> None:
     """One brings it up while the other still makes room for it; nobody is refused, and the room is given back."""
     r = rig(160, None, hook=quiet)
