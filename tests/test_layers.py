@@ -15,9 +15,9 @@ SOURCE = Path(__file__).parents[1] / "tierstore"
 LAYERS = (
     {"errors", "sizes", "spec", "devices"},
     {"backend", "registry"},
-    {"ledger", "policy", "plan", "trace"},
+    {"ledger", "planning"},
     {"entry", "tier", "stats", "transfer"},
-    {"residency", "leasing", "writing", "lease"},
+    {"residency", "flights", "leasing", "writing", "lease"},
     {"store", "report"},
     {"patch"},
     {"session", "training", "checkpoint"},

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tests.samples import all_samples, assert_identical
 from tierstore.backend import Backend, MemoryBackend
 from tierstore.errors import BudgetError, ClosedError, MissingKeyError, TierStoreError, UnsupportedTensorError
-from tierstore.policy import LRU
+from tierstore.planning.policy import LRU
 from tierstore.registry import open_backend
 from tierstore.spec import TensorSpec
 from tierstore.store import TieredStore
@@ -1162,19 +1162,18 @@ def test_a_put_waits_while_room_is_made_for_the_older_value(rig: MakeRig) -> Non
 
 
 def test_a_value_that_is_prefetched_can_be_deleted(rig: MakeRig) -> None:
-    """The lease of the prefetch is not the user's: he waits, and meets no error."""
+    """Room is being made for a value that nobody wants any more: it goes unused."""
     r = rig(100, None, hook=quiet)
     r.store.put("x", value(60))
     r.store.put("y", value(60))
     close_gate(r.delays(1), "put", "y")
     future = r.store.prefetch("x")
     assert r.delays(1).entered.wait(30)
-    deletion = Background(lambda: r.store.__delitem__("x"))
-    assert deletion.still_running()
+    Background(lambda: r.store.__delitem__("x")).join()
     r.delays(1).gate.set()
-    deletion.join()
     future.result(30)
     assert list(r.store) == ["y"]
+    assert r.used("fast") == 0
     r.check()
 
 

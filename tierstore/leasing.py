@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterable, Sequence
 
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, MissingKeyError
-from tierstore.residency import Residency
+from tierstore.flights import Flight, Flights
 from tierstore.tier import Tier
+from tierstore.transfer.engine import Engine
 
 
-class Leasing(Residency):
-    """Adds leases to `Residency`, under the same lock; every method expects it held.
+class Leasing(Flights):
+    """Adds leases to `Flights`, under the same lock; every method expects it held.
 
     `leased_bytes` counts each leased entry once, however many hold a lease on it.
     """
 
-    def __init__(self, tiers: Sequence[Tier]) -> None:
-        super().__init__(tiers)
+    def __init__(self, tiers: Sequence[Tier], engine: Engine) -> None:
+        super().__init__(tiers, engine)
         self.leased_bytes = 0
 
     def acquire(self, entries: Iterable[Entry], operation: object, *, headroom: int = 0, wait: bool = True) -> bool:
@@ -32,16 +32,18 @@ class Leasing(Residency):
         wanted = list(dict.fromkeys(entries))
         started: float | None = None
         while not self._try_acquire(wanted, headroom):
-            started = started or time.perf_counter()
-            if any(entry.busy for entry in wanted):
-                self.lock.wait()
+            started = self.engine.now() if started is None else started
+            in_the_way = not wait and any(self._flights)  # these end by themselves; leases may not
+            if in_the_way or any(entry.busy for entry in wanted):
+                self.engine.wait(self.lock)
             elif not wait:
                 return False
             else:
                 self._wait_for_room(operation, wanted)
             self.check_open()
         if started is not None:
-            self.counters.stall_seconds += time.perf_counter() - started
+            self.counters.stall_seconds += self.engine.now() - started
+        self.pump()
         return True
 
     def lease_resident(self, entry: Entry, headroom: int) -> bool:
@@ -58,6 +60,7 @@ class Leasing(Residency):
         self._held[me] = self._held.get(me, 0) + entry.nbytes
         self.counters.hits += 1
         self.tiers[0].policy.access(entry.key)
+        self.pump()
         return True
 
     def _try_acquire(self, wanted: list[Entry], headroom: int) -> bool:
@@ -96,24 +99,28 @@ class Leasing(Residency):
 
     def _fill(self, wanted: list[Entry], missing: list[Entry]) -> None:
         """Copy reserved and leased entries into the fast tier; on failure give back every lease and reservation."""
-        started = time.perf_counter()
+        started = self.engine.now()
+        flights: list[Flight] = []
+        todo = list(missing)
         for entry in missing:
             self.mark_busy(entry)
-        todo = list(missing)
         try:
             while todo:
                 entry = todo.pop(0)
-                try:
-                    self.copy(entry, min(entry.tiers), 0)
-                finally:
-                    self.unmark_busy(entry)
+                flights.append(self.begin(entry, min(entry.tiers), 0, used=True))
+            self.pump()
+            while not all(flight.done for flight in flights):
+                self.engine.wait(self.lock)
+            for flight in flights:
+                if flight.error is not None:
+                    raise flight.error
         except BaseException:
             for entry in todo:
                 self.tiers[0].ledger.release(entry.nbytes)
                 self.unmark_busy(entry)
             self.release(wanted)
             raise
-        self.counters.stall_seconds += time.perf_counter() - started
+        self.counters.stall_seconds += self.engine.now() - started
 
     def _count(self, wanted: list[Entry], missed: int) -> None:
         self.counters.misses += missed

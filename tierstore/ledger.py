@@ -29,6 +29,10 @@ class Ledger:
         assert 0 <= nbytes <= self.used, (nbytes, self.used)
         self.used -= nbytes
 
+    def excess(self, nbytes: int) -> int:
+        """By how many bytes `nbytes` more would exceed the budget; not positive if they fit."""
+        return 0 if self.budget is None else self.used + nbytes - self.budget
+
     def fits(self, nbytes: int) -> bool:
         """True if an empty tier could hold `nbytes`."""
         return self.budget is None or nbytes <= self.budget

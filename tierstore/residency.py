@@ -10,15 +10,14 @@ deadlock, and that is found: when every lease holder waits too, the asker gets a
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from tierstore.backend import MappedBackend, MemoryBackend
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, ClosedError, MissingKeyError, TierStoreError
 from tierstore.stats import Counters
 from tierstore.tier import Tier
+from tierstore.transfer.engine import Engine, Transfer
 
 
 class Residency:
@@ -28,8 +27,9 @@ class Residency:
     unless they say otherwise; `copy` releases it around the transfer.
     """
 
-    def __init__(self, tiers: Sequence[Tier]) -> None:
+    def __init__(self, tiers: Sequence[Tier], engine: Engine) -> None:
         self.tiers = list(tiers)
+        self.engine = engine
         self.lock = threading.Condition(threading.Lock())
         self.entries: dict[str, Entry] = {}
         self.counters = Counters()
@@ -49,7 +49,7 @@ class Residency:
     def idle_entry(self, key: str) -> Entry:
         """Return the entry of `key` once no thread moves it, or is about to."""
         while self.moving(entry := self.entry(key)):
-            self.lock.wait()
+            self.engine.wait(self.lock)
         return entry
 
     @staticmethod
@@ -68,7 +68,7 @@ class Residency:
         self.closed = True
         self.wake()
         while self._busy:
-            self.lock.wait()
+            self.engine.wait(self.lock)
         return True
 
     # -- room ---------------------------------------------------------------------------------------------------
@@ -135,10 +135,15 @@ class Residency:
     def copy(self, entry: Entry, source: int, target: int) -> None:
         """Copy a busy entry into a tier where its bytes are reserved; gives the reservation back when it fails."""
         tier, version = self.tiers[target], entry.version
-        started = time.perf_counter()
-        with self.writing(tier, entry.key, entry.nbytes):
-            self._transfer(self.tiers[source], tier, entry.key)
-        self.counters.carried(source, target, entry.nbytes, time.perf_counter() - started)
+        transfer = Transfer(entry.key, entry.spec, self.tiers[source].backend, tier.backend, (source, target))
+        self.counters.link_busy(source, target, self.engine.now())
+        carried = 0
+        try:
+            with self.writing(tier, entry.key, entry.nbytes):
+                self.engine.carry(transfer)
+            carried = entry.nbytes
+        finally:
+            self.counters.link_idle(source, target, self.engine.now(), carried)
         if version == entry.version:
             self.added(entry, target)
         else:  # written to meanwhile through a lease
@@ -163,20 +168,15 @@ class Residency:
         self.lock.acquire()
         tier.ledger.release(outdated or 0)
 
-    @staticmethod
-    def _transfer(source: Tier, target: Tier, key: str) -> None:
-        tensor = source.backend.get(key)
-        taker = target.backend
-        if isinstance(source.backend, MappedBackend) and isinstance(taker, MemoryBackend) and tensor.device == taker.device:
-            taker.adopt(key, tensor)
-        else:
-            taker.put(key, tensor)
-
     def added(self, entry: Entry, level: int) -> None:
         """Record that a tier, where the bytes are reserved, now holds the newest value of `entry`."""
+        self.tiers[level].policy.insert(entry.key, entry.nbytes)
+        self.placed(entry, level)
+
+    def placed(self, entry: Entry, level: int) -> None:
+        """Like `added`, for a policy that was told before."""
         tier = self.tiers[level]
         entry.tiers.add(level)
-        tier.policy.insert(entry.key, entry.nbytes)
         if level == 0 and tier.memory:
             entry.tensor = tier.backend.get(entry.key)
 
@@ -230,7 +230,7 @@ class Residency:
 
     def wait_until_idle(self, entry: Entry) -> None:
         while entry.busy:
-            self.lock.wait()
+            self.engine.wait(self.lock)
 
     def wait_for_others(self, error: Callable[[], BudgetError]) -> None:
         """Wait until another thread gives up room, a busy mark or a lease; raise `error()` if none of them ever will."""
@@ -239,7 +239,7 @@ class Residency:
         try:
             if self._busy == 0 and self._held.keys() <= self._waiting:
                 raise error()
-            self.lock.wait()
+            self.engine.wait(self.lock)
         finally:
             self._waiting.discard(me)
 

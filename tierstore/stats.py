@@ -17,7 +17,7 @@ class TierStats:
 
 @dataclass(frozen=True, slots=True)
 class LinkStats:
-    """What one direction between two tiers has carried: bytes, and seconds spent copying."""
+    """What one direction between two tiers has carried: bytes, and seconds in which it was copying."""
 
     bytes: int
     seconds: float
@@ -44,12 +44,21 @@ class Counters:
         self.misses = 0
         self.evictions = 0
         self.stall_seconds = 0.0
+        self._busy: dict[tuple[int, int], tuple[int, float]] = {}  # copies under way, and since when the link was not accounted for
         self._links: dict[tuple[int, int], LinkStats] = {}
 
-    def carried(self, source: int, target: int, nbytes: int, seconds: float) -> None:
-        """Add one copy to the link from level `source` to level `target`."""
+    def link_busy(self, source: int, target: int, now: float) -> None:
+        """A copy from level `source` to level `target` begins."""
+        count, since = self._busy.get((source, target), (0, now))
+        self._busy[source, target] = (count + 1, since)
+
+    def link_idle(self, source: int, target: int, now: float, nbytes: int) -> None:
+        """A copy that `link_busy` announced has ended and carried `nbytes` (none if it failed)."""
+        count, since = self._busy.pop((source, target))
+        if count > 1:
+            self._busy[source, target] = (count - 1, now)
         link = self.link(source, target)
-        self._links[source, target] = LinkStats(link.bytes + nbytes, link.seconds + seconds, link.copies + 1)
+        self._links[source, target] = LinkStats(link.bytes + nbytes, link.seconds + now - since, link.copies + bool(nbytes))
 
     def link(self, source: int, target: int) -> LinkStats:
         return self._links.get((source, target), LinkStats(0, 0.0, 0))

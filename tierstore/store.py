@@ -12,11 +12,14 @@ from tierstore.backend import Backend, MemoryBackend
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, TierStoreError
 from tierstore.lease import Lease
-from tierstore.policy import PolicyFactory, policy_factory
+from tierstore.planning.names import policy_factory
+from tierstore.planning.policy import Foresight, PolicyFactory
 from tierstore.sizes import Size, parse_size
 from tierstore.spec import TensorSpec
 from tierstore.stats import Stats, TierStats
 from tierstore.tier import Tier
+from tierstore.transfer.engine import Engine
+from tierstore.transfer.threads import ThreadEngine
 from tierstore.writing import Moves
 
 
@@ -28,7 +31,7 @@ class TieredStore:
     Thread-safe; the one lock is released around every transfer.
     """
 
-    def __init__(self, tiers: Sequence[Tier], policy: str | PolicyFactory = "lru") -> None:
+    def __init__(self, tiers: Sequence[Tier], policy: str | PolicyFactory = "lru", engine: Engine | None = None) -> None:
         if not tiers:
             raise TierStoreError("a store needs at least one tier")
         names = [tier.name for tier in tiers]
@@ -37,7 +40,9 @@ class TieredStore:
         make_policy = policy_factory(policy)
         for tier in tiers:
             tier.policy = make_policy()
-        self._moves = Moves(tiers)
+            if isinstance(tier.policy, Foresight):
+                tier.policy.budget(tier.ledger.budget)
+        self._moves = Moves(tiers, ThreadEngine() if engine is None else engine)
         self._lock = self._moves.lock
         self._background: ThreadPoolExecutor | None = None
         try:
@@ -76,10 +81,13 @@ class TieredStore:
             if entry.tensor is not None and not entry.busy:
                 moves.counters.hits += 1
                 moves.tiers[0].policy.access(key)
-                return entry.tensor
+                tensor = entry.tensor
+                moves.pump()
+                return tensor
             moves.acquire([entry], "get")
+            tensor = moves.tiers[0].backend.get(key) if entry.tensor is None else entry.tensor
             moves.release([entry])  # in the same turn of the lock, so that no other thread meets this lease
-            return moves.tiers[0].backend.get(key) if entry.tensor is None else entry.tensor
+            return tensor
 
     def lease(self, *keys: str) -> Lease:
         """Return a context manager: inside, the values are resident and stay so; it yields them in the order of `keys`.
@@ -171,6 +179,9 @@ class TieredStore:
                     f"shrinking to {budget} bytes", tier=tier, required_bytes=ledger.used, budget_bytes=budget or 0,
                     hint="release leases first, or give the tiers below more room",
                 )  # fmt: skip
+            policy = self._moves.tiers[level].policy
+            if isinstance(policy, Foresight):
+                policy.budget(budget)
             self._moves.wake()
 
     def tier_of(self, key: str) -> str:
@@ -249,6 +260,7 @@ class TieredStore:
         with self._lock:
             if not self._moves.close():
                 return
+        self._moves.engine.close()
         for tier in self._moves.tiers:
             tier.backend.close()
 
@@ -283,9 +295,11 @@ class TieredStore:
             with self._lock:
                 if self._moves.closed:
                     return
-                wanted = not entry.resident and self._moves.entries.get(entry.key) is entry
-                if wanted and self._moves.acquire([entry], "prefetching", wait=False):
-                    self._moves.release([entry])
+                flight = self._moves.fetch(entry) if self._moves.entries.get(entry.key) is entry else None
+                while flight is not None and not flight.done:
+                    self._moves.engine.wait(self._lock)
+                if flight is not None and flight.error is not None:
+                    raise flight.error
 
     def _count(self, level: int) -> int:
         return sum(level in entry.tiers for entry in self._moves.entries.values())

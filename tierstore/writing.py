@@ -37,7 +37,7 @@ class Moves(Leasing):
             if entry is None:
                 entry = self.entries[key] = Entry(key, spec)
             elif self.moving(entry):
-                self.lock.wait()
+                self.engine.wait(self.lock)
                 continue
             if entry.leases and entry.spec != spec:
                 raise TierStoreError(f"{key!r} is leased as {entry.spec}; a value of another shape or dtype can be put after the lease")

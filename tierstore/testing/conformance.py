@@ -16,7 +16,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tierstore.backend import Backend, MemoryBackend
-from tierstore.policy import Policy
+from tierstore.planning.policy import Policy
 from tierstore.spec import TensorSpec
 from tierstore.testing.values import bits, every_value, make_value, overwrite, some_values
 

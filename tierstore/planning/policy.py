@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
-from tierstore.errors import TierStoreError
-
 
 class Policy(ABC):
     """Orders the keys of one tier by how soon they should leave it.
@@ -17,11 +15,11 @@ class Policy(ABC):
 
     @abstractmethod
     def insert(self, key: str, nbytes: int) -> None:
-        """`key` has entered the tier."""
+        """`key` has entered the tier, or is on its way into it."""
 
     @abstractmethod
     def access(self, key: str) -> None:
-        """`key`, which is in the tier, has been used."""
+        """`key`, which is in the tier, is used. Each use is told once; one that brought the key in, right after `insert`."""
 
     @abstractmethod
     def remove(self, key: str) -> None:
@@ -30,6 +28,22 @@ class Policy(ABC):
     @abstractmethod
     def victims(self) -> Iterator[str]:
         """Yield the keys in the tier, first the one to evict first; not changed while iterated over."""
+
+
+class Foresight(Policy):
+    """A policy that also knows what will be used, so that it can be fetched before anybody waits for it."""
+
+    @abstractmethod
+    def wanted(self) -> str | None:
+        """Return the key to bring into the tier next, the one used soonest of those missing; None to wait."""
+
+    @abstractmethod
+    def spare(self) -> Iterator[str]:
+        """Yield the keys in the tier that may leave for a wanted one, first the one to evict first."""
+
+    @abstractmethod
+    def budget(self, nbytes: int | None) -> None:
+        """Take note of the tier's budget; told before anything else and on each change."""
 
 
 class LRU(Policy):
@@ -53,13 +67,3 @@ class LRU(Policy):
 
 
 PolicyFactory = Callable[[], Policy]
-_NAMED: dict[str, PolicyFactory] = {"auto": LRU, "lru": LRU}
-
-
-def policy_factory(policy: str | PolicyFactory) -> PolicyFactory:
-    """Return what makes a fresh policy per tier: `policy` itself if callable, else the one of that name."""
-    if callable(policy):
-        return policy
-    if policy not in _NAMED:
-        raise TierStoreError(f"no policy is called {policy!r}; give one of {sorted(_NAMED)} or a callable that returns a tierstore.Policy")
-    return _NAMED[policy]

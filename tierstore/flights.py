@@ -1,0 +1,147 @@
+"""Copies that run in the background: fetches that somebody waits for, and those that a policy wants done ahead of use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from tierstore.entry import Entry
+from tierstore.planning.policy import Foresight
+from tierstore.residency import Residency
+from tierstore.tier import Tier
+from tierstore.transfer.engine import Engine, Transfer
+
+_FEW = 2  # flights into one tier that are started ahead of use, however large
+_MUCH = 32 << 20  # bytes in flight into one tier that keep a link busy; beyond `_FEW`, more are not started ahead of use
+
+
+class Flight:
+    """A copy on its way into a tier. Once `done`, `error` says what went wrong, if anything did."""
+
+    __slots__ = ("done", "entry", "error", "outdated", "source", "target", "version")
+
+    def __init__(self, entry: Entry, source: int, target: int, outdated: int | None) -> None:
+        self.entry = entry
+        self.source = source
+        self.target = target
+        self.version = entry.version
+        self.outdated = outdated  # bytes of the stale copy that this one replaces
+        self.done = False
+        self.error: BaseException | None = None
+
+
+class Flights(Residency):
+    """Adds background copies to `Residency`, under the same lock; every method expects it held unless it says otherwise."""
+
+    def __init__(self, tiers: Sequence[Tier], engine: Engine) -> None:
+        super().__init__(tiers, engine)
+        self._flights = [0] * len(self.tiers)
+        self._flying = [0] * len(self.tiers)  # bytes
+        self._pumping = False
+        self._foresights = [(level, tier.policy) for level, tier in enumerate(self.tiers[:-1]) if isinstance(tier.policy, Foresight)]
+
+    def begin(self, entry: Entry, source: int, target: int, *, used: bool = False) -> Flight:
+        """Start to copy an entry that is marked busy into a tier where its bytes are reserved; releases the lock for a moment.
+
+        `used`: somebody waits for it. When it has landed the busy mark is gone, and so is the reservation if it failed.
+        """
+        tier = self.tiers[target]
+        flight = Flight(entry, source, target, tier.stale.pop(entry.key, None))
+        tier.policy.insert(entry.key, entry.nbytes)
+        if used:
+            tier.policy.access(entry.key)
+        self._flights[target] += 1
+        self._flying[target] += entry.nbytes
+        self.counters.link_busy(source, target, self.engine.now())
+        transfer = Transfer(entry.key, entry.spec, self.tiers[source].backend, tier.backend, (source, target))
+        self.lock.release()
+        try:
+            self.engine.start(transfer, partial(self._landed, flight))
+        except BaseException as error:
+            self._landed(flight, error)
+            raise
+        finally:
+            self.lock.acquire()
+        return flight
+
+    def _landed(self, flight: Flight, error: BaseException | None) -> None:
+        """Take note of a copy that has ended. Takes the lock itself."""
+        with self.lock:
+            entry, tier = flight.entry, self.tiers[flight.target]
+            self._flights[flight.target] -= 1
+            self._flying[flight.target] -= entry.nbytes
+            carried = 0 if error else entry.nbytes
+            self.counters.link_idle(flight.source, flight.target, self.engine.now(), carried)
+            if error is None and flight.version == entry.version:
+                tier.ledger.release(flight.outdated or 0)
+                self.placed(entry, flight.target)
+            else:
+                tier.policy.remove(entry.key)
+                self._undo(flight, tier, failed=error is not None)
+            flight.error, flight.done = error, True
+            self.unmark_busy(entry)
+            self.pump()
+
+    @staticmethod
+    def _undo(flight: Flight, tier: Tier, *, failed: bool) -> None:
+        """Account for a copy that failed, or of a value that was written to meanwhile."""
+        if failed:
+            tier.ledger.release(flight.entry.nbytes)
+            if flight.outdated is not None:
+                tier.stale[flight.entry.key] = flight.outdated
+        else:
+            tier.ledger.release(flight.outdated or 0)
+            tier.stale[flight.entry.key] = flight.entry.nbytes
+
+    def fetch(self, entry: Entry) -> Flight | None:
+        """Start to bring an entry into the fast tier if it is not there and room can be made."""
+        if self.moving(entry) or entry.resident or not self.make_room(0, entry.nbytes):
+            return None
+        if self.moving(entry) or entry.resident or self.entries.get(entry.key) is not entry:  # by now
+            self.tiers[0].ledger.release(entry.nbytes)
+            return None
+        self.mark_busy(entry)
+        return self.begin(entry, min(entry.tiers), 0)
+
+    # -- ahead of use ---------------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Start the fetches that policies want ahead of use; may release the lock for moments."""
+        if not self._foresights or self._pumping or self.closed:
+            return
+        self._pumping = True  # who comes meanwhile need not: this looks again before it ends
+        try:
+            for level, policy in reversed(self._foresights):
+                while (self._flights[level] < _FEW or self._flying[level] < _MUCH) and self._fetch_ahead(level, policy):
+                    pass
+        finally:
+            self._pumping = False
+
+    def _fetch_ahead(self, level: int, policy: Foresight) -> bool:
+        key = policy.wanted()
+        entry = None if key is None else self.entries.get(key)
+        if entry is None or self.moving(entry) or not entry.tiers or min(entry.tiers) <= level:
+            return False
+        if not self._clear(level, entry.nbytes, policy.spare()):
+            return False
+        self.mark_busy(entry)
+        self.begin(entry, min(entry.tiers), level)
+        return True
+
+    def _clear(self, level: int, nbytes: int, candidates: Iterator[str]) -> bool:
+        """Reserve `nbytes` in a tier, dropping candidates that a slower tier has too; nothing happens if that is not enough."""
+        ledger = self.tiers[level].ledger
+        excess = ledger.excess(nbytes)
+        leaving: list[Entry] = []
+        while excess > 0:
+            key = next(candidates, None)
+            if key is None:
+                return False
+            entry = self.entries[key]
+            if self.evictable(entry, level) and any(other > level for other in entry.tiers):
+                leaving.append(entry)
+                excess -= entry.nbytes
+        for entry in leaving:
+            self.drop(entry, level)
+            self.counters.evictions += 1
+        return ledger.reserve(nbytes)

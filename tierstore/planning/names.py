@@ -1,0 +1,32 @@
+"""Policies by name."""
+
+from __future__ import annotations
+
+from tierstore.errors import TierStoreError
+from tierstore.planning.planned import Schedule
+from tierstore.planning.policy import LRU, Policy, PolicyFactory
+
+
+class Auto:
+    """Makes the policies of one store: each call gives the one of the next tier, all of them following one schedule."""
+
+    def __init__(self) -> None:
+        self._schedule = Schedule()
+
+    def __call__(self) -> Policy:
+        return self._schedule.lane(LRU)
+
+
+_NAMED: dict[str, PolicyFactory] = {"lru": LRU}
+
+
+def policy_factory(policy: str | PolicyFactory) -> PolicyFactory:
+    """Return what makes the policy of each tier of one store: `policy` itself if callable, else the one of that name."""
+    if callable(policy):
+        return policy
+    if policy == "auto":
+        return Auto()
+    if policy not in _NAMED:
+        names = sorted(["auto", *_NAMED])
+        raise TierStoreError(f"no policy is called {policy!r}; give one of {names} or a callable that returns a tierstore.Policy")
+    return _NAMED[policy]

@@ -1,0 +1,268 @@
+"""The policy "auto": obeys an online policy until accesses repeat, then keeps what a plan keeps and fetches ahead.
+
+One `Schedule` sees every access and has the plan; each tier but the last has a `Lane`, its policy, that follows it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+
+from tierstore.planning.plan import Plan, plan
+from tierstore.planning.policy import Foresight, Policy
+from tierstore.planning.predictor import Predictor
+
+_ENOUGH = 32  # expected accesses in a row after which a repetition is believed; fewer if all of it is shorter
+_FEWEST = 4
+_BETTER = 0.98  # a new plan replaces one that moves at least this much less
+_FIXED_BYTES = 128 << 10  # what a transfer costs on top of its bytes: about 50 microseconds at 2.5 GB/s
+
+
+class Schedule:
+    """What the lanes of one store share: the predicted order of accesses, sizes, budgets, and the plan made of them."""
+
+    def __init__(self, fixed_bytes: int = _FIXED_BYTES) -> None:
+        self.predictor = Predictor()
+        self.predictor.on_trim = self._trimmed
+        self.lanes: list[Lane] = []
+        self.sizes: dict[str, int] = {}
+        self.plan: Plan | None = None
+        self._fixed_bytes = fixed_bytes
+        self._considered: int | None = None  # the period for which a plan was made last
+        self._squeezed = 0  # bytes that should have stayed and had to leave, in this repetition
+        self._extra = 0  # bytes left free for them since
+        self._until_check = 0
+
+    def lane(self, online: Callable[[], Policy]) -> Lane:
+        """Return the policy of the next tier, fastest first."""
+        lane = Lane(self, len(self.lanes), online())
+        self.lanes.append(lane)
+        return lane
+
+    def seen(self, key: str) -> None:
+        """Record a use."""
+        predictor = self.predictor
+        expected = predictor.see(key)
+        if not expected:
+            self._considered = None
+        for lane in self.lanes:
+            lane.passed(key, expected=expected)
+        if expected:
+            self._until_check -= 1
+            period = predictor.period
+            if period is not None and (period != self._considered or (self._until_check <= 0 and self._squeezed)):
+                self._consider(period)
+
+    def rest(self, key: str) -> int | None:
+        """Return the level in which the plan keeps `key`; None if it says nothing."""
+        return self.plan.rest.get(key) if self.plan is not None and key not in self.predictor.erratic else None
+
+    def budget_changed(self) -> None:
+        """Plan anew at the next expected access."""
+        self._considered = None
+        self._extra = 0
+        if self.plan is not None:
+            self._adopt(None)
+
+    def squeezed(self, nbytes: int) -> None:
+        """An entry that the plan keeps had to leave: streaming and computing need more room than the plan left."""
+        self._squeezed += nbytes
+
+    def _consider(self, period: int) -> None:
+        """Make a plan for the repetition at hand, and follow it if it moves less than the present one does."""
+        if self.predictor.matched < max(_FEWEST, min(period, _ENOUGH)):
+            return
+        squeezed = bool(self._squeezed)
+        self._considered, self._until_check = period, period
+        self._extra, self._squeezed = self._extra + self._squeezed, 0
+        cycle = [key for key in self.predictor.cycle() if key in self.sizes]
+        budgets = self._budgets(cycle)
+        if budgets is None:
+            return
+        new = plan(cycle, self.sizes, budgets, fixed_bytes=self._fixed_bytes)
+        if squeezed or self._improves(new, cycle):
+            self._adopt(new)
+
+    def _budgets(self, cycle: list[str]) -> list[int | None] | None:
+        """Return the budgets to plan with, None if an entry alone exceeds the first."""
+        budgets = [lane.nbytes for lane in self.lanes[:-1]] + [None]
+        first = budgets[0]
+        if first is not None:
+            largest = max((self.sizes[key] for key in cycle), default=0)
+            if largest > first:
+                return None
+            budgets[0] = max(first - self._extra, largest)
+        return budgets
+
+    def _improves(self, new: Plan, cycle: list[str]) -> bool:
+        """True if `new` moves clearly less than the plan at hand, or knows keys that it does not, for no more."""
+        if self.plan is None:
+            return True
+        now = sum(self.sizes[key] for key in cycle if self.plan.rest.get(key) != 0)
+        unknown = any(key not in self.plan.rest for key in cycle)
+        return new.link_bytes[0] < _BETTER * now or (unknown and new.link_bytes[0] <= now)
+
+    def _adopt(self, new: Plan | None) -> None:
+        self.plan = new
+        for lane in self.lanes:
+            lane.sort_out()
+
+    def _trimmed(self, cut: int) -> None:
+        for lane in self.lanes:
+            lane.trimmed(cut)
+
+
+class Lane(Foresight):
+    """The policy of one tier under a `Schedule`.
+
+    Present keys are of four kinds. Those that the plan keeps here leave last. Those in `_window`, which runs from the next
+    access to as far as was looked ahead, are on their way to being used. Those `_spent` were used, or only pass through, and
+    leave first. All others are in the order of the online policy.
+    """
+
+    def __init__(self, schedule: Schedule, level: int, online: Policy) -> None:
+        self.nbytes: int | None = None
+        self._schedule = schedule
+        self._level = level
+        self._online = online
+        self._present: dict[str, None] = {}
+        self._spent: OrderedDict[str, None] = OrderedDict()
+        self._window: deque[tuple[str, int]] = deque()  # keys, each with its position in the history
+        self._ahead: dict[str, int] = {}  # how often each key is in the window
+        self._frontier: int | None = None  # position in the history up to which the window reaches
+
+    # -- events ---------------------------------------------------------------------------------------------------
+
+    def insert(self, key: str, nbytes: int) -> None:
+        self._schedule.sizes[key] = nbytes
+        self._online.insert(key, nbytes)
+        self._present[key] = None
+        self._sort(key)
+
+    def access(self, key: str) -> None:
+        self._online.access(key)
+        if self._level == 0:
+            self._schedule.seen(key)
+
+    def remove(self, key: str) -> None:
+        self._online.remove(key)
+        del self._present[key]
+        self._spent.pop(key, None)
+        if key in self._ahead:
+            self._look_back(key)
+        if self._level == 0 and self._schedule.rest(key) == 0:
+            self._schedule.squeezed(self._schedule.sizes[key])
+
+    def budget(self, nbytes: int | None) -> None:
+        self.nbytes = nbytes
+        self._schedule.budget_changed()
+
+    # -- answers --------------------------------------------------------------------------------------------------
+
+    def victims(self) -> Iterator[str]:
+        schedule = self._schedule
+        if schedule.plan is None:
+            yield from self._online.victims()
+            return
+        yield from reversed(self._spent)
+        ahead, spent = self._ahead, self._spent
+        yield from (key for key in self._online.victims() if key not in spent and key not in ahead and schedule.rest(key) is None)
+        streaming = dict.fromkeys(key for key, _ in reversed(self._window) if key in self._present and self._streams(key))
+        yield from streaming
+        kept = [key for key in self._online.victims() if key not in spent and key not in streaming]
+        yield from (key for key in reversed(kept) if schedule.rest(key) is not None or key in ahead)
+
+    def spare(self) -> Iterator[str]:
+        if self._schedule.plan is not None:
+            yield from reversed(self._spent)
+            ahead, spent = self._ahead, self._spent
+            for key in self._online.victims():
+                if key not in spent and key not in ahead and self._schedule.rest(key) is None:
+                    yield key
+
+    def wanted(self) -> str | None:
+        schedule = self._schedule
+        predictor = schedule.predictor
+        if schedule.plan is None or predictor.pointer is None or self._frontier is None:
+            return None
+        history, erratic = predictor.history, predictor.erratic
+        while self._frontier + 1 < len(history):
+            key = history[self._frontier + 1]
+            rest = schedule.rest(key)
+            if key not in erratic and rest is not None and rest >= self._level and key not in self._present:
+                return key
+            self._frontier += 1
+            if key not in erratic:
+                self._window.append((key, self._frontier))
+                self._ahead[key] = self._ahead.get(key, 0) + 1
+                self._spent.pop(key, None)
+        return None
+
+    # -- what the schedule tells ------------------------------------------------------------------------------------
+
+    def passed(self, key: str, *, expected: bool) -> None:
+        """A use was seen; the window moves on, or starts anew where it was not expected."""
+        predictor = self._schedule.predictor
+        if not expected:
+            self._forget_window()
+        elif key not in predictor.erratic:
+            if self._window:
+                self._leave_window()
+            else:
+                self._frontier = predictor.pointer
+        if key in self._present:
+            self._sort(key)
+
+    def sort_out(self) -> None:
+        """Another plan holds: sort every key anew."""
+        self._spent.clear()
+        self._forget_window()
+        for key in self._online.victims():
+            self._sort(key)
+
+    def trimmed(self, cut: int) -> None:
+        """The history lost its first `cut` positions."""
+        self._forget_window()
+        self._frontier = None if self._frontier is None or self._frontier < cut else self._frontier - cut
+
+    def _leave_window(self) -> None:
+        erratic = self._schedule.predictor.erratic
+        while self._window:
+            key, _ = self._window.popleft()
+            self._uncount(key)
+            if key not in erratic:
+                return
+
+    def _look_back(self, missing: str) -> None:
+        """A key had to leave before its use: look ahead again from there."""
+        while missing in self._ahead:
+            key, self._frontier = self._window.pop()
+            self._uncount(key)
+            if key in self._present:
+                self._sort(key)
+        assert self._frontier is not None
+        self._frontier -= 1
+
+    def _uncount(self, key: str) -> None:
+        count = self._ahead.pop(key) - 1
+        if count:
+            self._ahead[key] = count
+
+    def _forget_window(self) -> None:
+        waiting = list(self._ahead)
+        self._window.clear()
+        self._ahead.clear()
+        self._frontier = self._schedule.predictor.pointer
+        for key in waiting:
+            if key in self._present:
+                self._sort(key)
+
+    def _sort(self, key: str) -> None:
+        """Put a present key among the spent ones, last, if it only passes through here and is not about to be used."""
+        if key not in self._ahead and self._streams(key):
+            self._spent[key] = None
+            self._spent.move_to_end(key)
+
+    def _streams(self, key: str) -> bool:
+        rest = self._schedule.rest(key)
+        return rest is not None and rest != self._level

@@ -1,0 +1,61 @@
+"""Carries values between backends: the only place with threads, and with a clock."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tierstore.backend import Backend, MappedBackend, MemoryBackend
+from tierstore.spec import TensorSpec
+
+Done = Callable[[BaseException | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One copy of the value of `key`, described by `spec`, from the tier at level `route[0]` to that at `route[1]`."""
+
+    key: str
+    spec: TensorSpec
+    source: Backend
+    target: Backend
+    route: tuple[int, int]
+
+
+class Engine(ABC):
+    """Copies values, at once or in the background. Called without the store's lock, except for `wait` and `now`."""
+
+    @abstractmethod
+    def carry(self, transfer: Transfer) -> None:
+        """Copy now, in this thread."""
+
+    @abstractmethod
+    def start(self, transfer: Transfer, done: Done) -> None:
+        """Copy in the background; `done` is called once, with what went wrong or None, when the target has all the bytes.
+
+        That may be from another thread, or before this returns.
+        """
+
+    @abstractmethod
+    def wait(self, lock: threading.Condition) -> None:
+        """Release `lock`, which the caller holds, until something that was started may have ended, and take it again."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds since some fixed moment."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End what runs in the background, after what was started has ended."""
+
+
+def copy_value(transfer: Transfer) -> None:
+    """Copy through the two backends; a map of a file becomes the value itself where the target is plain memory."""
+    tensor = transfer.source.get(transfer.key)
+    taker = transfer.target
+    if isinstance(transfer.source, MappedBackend) and isinstance(taker, MemoryBackend) and tensor.device == taker.device:
+        taker.adopt(transfer.key, tensor)
+    else:
+        taker.put(transfer.key, tensor)
