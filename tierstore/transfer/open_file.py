@@ -57,7 +57,8 @@ class OpenFile:
                 raise CorruptionError("?", self.path, f"the file ends {len(memory) - position} bytes before the end of what was asked for")
             position += count
         if cached < asked:
-            self._uncache(offset + cached, offset + asked)
+            # one page alone may be there only because the device was quick to answer the question
+            self._uncache(offset + (cached if cached > PAGE else 0), offset + asked)
 
     def _read_cached(self, memory: memoryview, offset: int) -> tuple[int, int]:
         """Read what is cached from the start on; return how many bytes that were, and how many were asked for."""
