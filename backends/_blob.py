@@ -55,6 +55,11 @@ class Blob:
     def of(cls, spec: TensorSpec, head: bytes) -> Blob:
         return cls(spec, len(head), zlib.crc32(head))
 
+    def check_head(self, head: bytes | memoryview, key: str, file: Path) -> None:
+        """Raise `CorruptionError` unless `head`, what stands before the data now, is what was there at first."""
+        if zlib.crc32(head) != self.head_crc:
+            raise CorruptionError(key, str(file), "its header has changed")
+
     @property
     def file_size(self) -> int:
         return self.data_offset + self.spec.nbytes

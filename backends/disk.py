@@ -17,7 +17,6 @@ import os
 import secrets
 import shutil
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Self
 
 import torch
 
-from tierstore.backend import MappedBackend
+from tierstore.backend import FileBackend, FileExtent
 from tierstore.backends._blob import FORMAT_VERSION, Blob, encode_head, file_name, read_blob
 from tierstore.backends._lock import (
     TEMPORARY,
@@ -46,7 +45,7 @@ _SCRATCH_PREFIX = "tierstore-scratch-"
 _SETTLED_SECONDS = 60  # how long a scratch directory may take from its creation to its lock
 
 
-class DiskBackend(MappedBackend):
+class DiskBackend(FileBackend):
     """Keeps tensors as safetensors files below `path`, which it creates; one store at a time has a directory open.
 
     Values outlive the process unless `scratch`: then nothing is flushed to the device, and `close` removes the directory.
@@ -90,20 +89,18 @@ class DiskBackend(MappedBackend):
         self._sync(file.parent)  # after the entry, since the new file is in place even if this fails
 
     def get(self, key: str) -> torch.Tensor:
-        self._check_open()
-        blob = self._blobs[key]
-        file = self.file_of(key)
-        size = _size_of(file)
-        if size != blob.file_size:
-            reason = "the file is missing" if size is None else f"the file has {size} bytes instead of {blob.file_size}"
-            raise CorruptionError(key, str(file), reason)
+        file, blob = self._find(key)
         # inference mode would mark the memory as an inference tensor, which autograd refuses to save
         with torch.inference_mode(False), torch.no_grad():
             whole = _map_file(file, blob.file_size)
-            if zlib.crc32(whole.numpy()[: blob.data_offset].data) != blob.head_crc:
-                raise CorruptionError(key, str(file), "its header has changed")
+            blob.check_head(whole.numpy()[: blob.data_offset].data, key, file)
             # through numpy the tensor's storage is the data alone, and still keeps the whole map alive
             return typed_view(torch.from_numpy(whole.numpy()[blob.data_offset :]), blob.spec)
+
+    def extent(self, key: str) -> FileExtent:
+        file, blob = self._find(key)
+        blob.check_head(_read_start(file, blob.data_offset), key, file)
+        return FileExtent(str(file), blob.data_offset, blob.spec.nbytes)
 
     def delete(self, key: str) -> None:
         self._check_open()
@@ -123,6 +120,17 @@ class DiskBackend(MappedBackend):
         if self._scratch and self._lock.owned:
             shutil.rmtree(self.path, ignore_errors=True)  # what resists is swept by the next scratch store
         self._lock.release()
+
+    def _find(self, key: str) -> tuple[Path, Blob]:
+        """Return the file of `key` and its description, after checking that its size is right."""
+        self._check_open()
+        blob = self._blobs[key]
+        file = self.file_of(key)
+        size = _size_of(file)
+        if size != blob.file_size:
+            reason = "the file is missing" if size is None else f"the file has {size} bytes instead of {blob.file_size}"
+            raise CorruptionError(key, str(file), reason)
+        return file, blob
 
     def _check_open(self) -> None:
         if self._closed:
@@ -191,6 +199,17 @@ def _size_of(file: Path) -> int | None:
         return file.stat().st_size
     except FileNotFoundError:
         return None
+
+
+def _read_start(file: Path, nbytes: int) -> bytes:
+    """Read the first bytes of a file; buffered, since the same header is read again at the next access."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # or the kernel would read data ahead that is fetched directly
+        return os.pread(descriptor, nbytes, 0)
+    finally:
+        os.close(descriptor)
 
 
 def _map_file(file: Path, nbytes: int) -> torch.Tensor:

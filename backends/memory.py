@@ -1,4 +1,4 @@
-"""Memory of a torch device: plain allocations, each value its own storage."""
+"""Memory of a torch device: each value its own storage; large ones in RAM from recycled huge pages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from tierstore.backend import MemoryBackend
+from tierstore.backends._arena import Arena
 from tierstore.devices import working_accelerator
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
+
+_LARGE = 1 << 20  # bytes from which a value comes from the arena, whose rounding to 4 KiB would be too much for small ones
 
 
 class DeviceBackend(MemoryBackend):
@@ -17,14 +20,18 @@ class DeviceBackend(MemoryBackend):
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
         self._tensors: dict[str, torch.Tensor] = {}
+        self._arena = Arena()
 
     def put(self, key: str, tensor: torch.Tensor) -> None:
-        spec = TensorSpec.of(tensor)
-        # inference mode would mark the memory as an inference tensor, which training could not write to later
+        copy = self.allocate(TensorSpec.of(tensor))
         with torch.inference_mode(False), torch.no_grad():
-            copy = typed_view(self._allocate(spec.nbytes), spec)
             raw_bytes(copy).copy_(raw_bytes(tensor))
         self._tensors[key] = copy
+
+    def allocate(self, spec: TensorSpec) -> torch.Tensor:
+        # inference mode would mark the memory as an inference tensor, which training could not write to later
+        with torch.inference_mode(False), torch.no_grad():
+            return typed_view(self._allocate(spec.nbytes), spec)
 
     def adopt(self, key: str, tensor: torch.Tensor) -> None:
         self._tensors[key] = tensor
@@ -38,10 +45,17 @@ class DeviceBackend(MemoryBackend):
     def entries(self) -> Iterator[tuple[str, TensorSpec]]:
         return ((key, TensorSpec.of(tensor)) for key, tensor in self._tensors.items())
 
+    def trim(self) -> None:
+        self._arena.trim()
+
     def close(self) -> None:
         self._tensors.clear()
+        self._arena.trim()
+        self._arena = Arena()  # without the old one, memory that callers still hold goes back when they let go
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
+        if self.device.type == "cpu" and nbytes >= _LARGE:
+            return self._arena.allocate(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
 
@@ -53,4 +67,6 @@ class PinnedBackend(DeviceBackend):
         self.pinned = working_accelerator() is not None
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
+        if not self.pinned:
+            return super()._allocate(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)

@@ -203,6 +203,54 @@ def test_threads_may_use_different_keys_at_once(store: DiskBackend) -> None:
     assert len(dict(store.entries())) == 16
 
 
+# --- extents --------------------------------------------------------------------------------------------------------
+
+
+def test_extents_are_the_bytes_of_the_values(store: DiskBackend) -> None:
+    samples = all_samples()
+    for name, tensor in samples.items():
+        store.put(name, tensor)
+    for name, tensor in samples.items():
+        extent = store.extent(name)
+        assert (extent.path, extent.offset % 4096) == (str(store.file_of(name)), 0)
+        assert Path(extent.path).read_bytes()[extent.offset :] == raw_bytes(tensor).numpy().tobytes()
+        assert extent.nbytes == TensorSpec.of(tensor).nbytes
+
+
+def test_an_open_extent_stays_valid_after_put_and_delete(store: DiskBackend) -> None:
+    for replace in (True, False):
+        store.put("key", torch.arange(5000))
+        extent = store.extent("key")
+        with Path(extent.path).open("rb") as file:
+            if replace:
+                store.put("key", torch.zeros(5000))
+            else:
+                store.delete("key")
+            file.seek(extent.offset)
+            assert file.read() == torch.arange(5000).numpy().tobytes()
+
+
+def test_extent_refuses_what_get_refuses(store: DiskBackend) -> None:
+    for key in ("short", "long", "gone", "header"):
+        store.put(key, torch.arange(5000))
+    os.truncate(store.file_of("short"), 9000)
+    with store.file_of("long").open("ab") as file:
+        file.write(b"x")
+    store.file_of("gone").unlink()
+    with store.file_of("header").open("r+b") as file:
+        file.seek(100)
+        file.write(b"x")
+    for key in ("short", "long", "gone", "header"):
+        for look in (store.get, store.extent):
+            with pytest.raises(CorruptionError, match=str(store.file_of(key))):
+                look(key)
+    with pytest.raises(KeyError):
+        store.extent("other")
+    store.close()
+    with pytest.raises(ClosedError):
+        store.extent("short")
+
+
 # --- the format -----------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "tierstore"
 
 # bottom first; modules of one layer may import one another, without a cycle
 LAYERS = (
-    {"errors", "sizes", "spec", "devices"},
+    {"errors", "sizes", "spec", "devices", "shield"},
     {"backend", "registry"},
     {"ledger", "planning"},
     {"entry", "tier", "stats", "transfer"},

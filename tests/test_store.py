@@ -699,6 +699,9 @@ class Elsewhere(MemoryBackend):
     def adopt(self, key: str, tensor: torch.Tensor) -> None:
         raise AssertionError(f"asked to adopt a tensor on {tensor.device}")
 
+    def allocate(self, spec: TensorSpec) -> torch.Tensor:
+        return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=self.device)
+
 
 def test_a_mapped_file_is_not_adopted_by_another_device(tmp_path: Path) -> None:
     with TieredStore([Tier("gpu", Elsewhere(), 20), Tier("disk", open_backend("disk", tmp_path / "d"))]) as store:

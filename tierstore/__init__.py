@@ -1,6 +1,6 @@
 """A tiered tensor store for PyTorch: run any model inside a byte budget for each tier."""
 
-from tierstore.backend import Backend, MappedBackend, MemoryBackend
+from tierstore.backend import Backend, FileBackend, FileExtent, MappedBackend, MemoryBackend
 from tierstore.errors import (
     BackendError,
     BudgetError,
@@ -28,6 +28,8 @@ __all__ = [
     "BudgetError",
     "ClosedError",
     "CorruptionError",
+    "FileBackend",
+    "FileExtent",
     "LinkStats",
     "MappedBackend",
     "MemoryBackend",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
@@ -52,8 +53,35 @@ class MemoryBackend(Backend):
     def adopt(self, key: str, tensor: torch.Tensor) -> None:
         """Store `tensor` itself, without a copy; the caller gives up ownership. It must lie on `device`."""
 
+    @abstractmethod
+    def allocate(self, spec: TensorSpec) -> torch.Tensor:
+        """Return uninitialised memory of `spec` on `device`, for the caller to fill and hand to `adopt`, or to forget."""
+
+    def trim(self) -> None:
+        """Give memory that was kept for later back to the system; the store calls it when a budget shrinks."""
+
 
 class MappedBackend(Backend):
     """A backend whose `get` returns private maps of files: no memory is taken until a page is touched, and writes to a
     returned tensor never reach the stored value.
     """
+
+
+@dataclass(frozen=True, slots=True)
+class FileExtent:
+    """The bytes of one value in a file: `nbytes` from `offset` on, in the order of memory, gaps included."""
+
+    path: str
+    offset: int
+    nbytes: int
+
+
+class FileBackend(MappedBackend):
+    """A backend whose values lie in files as plain bytes, which a reader may fetch without it."""
+
+    @abstractmethod
+    def extent(self, key: str) -> FileExtent:
+        """Return where the bytes of `key` lie; raise `KeyError` or `CorruptionError` where `get` does.
+
+        Open the file at once: it is never written again, but `put` and `delete` of the same key take its name away.
+        """

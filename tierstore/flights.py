@@ -8,6 +8,7 @@ from functools import partial
 from tierstore.entry import Entry
 from tierstore.planning.policy import Foresight
 from tierstore.residency import Residency
+from tierstore.shield import shielded
 from tierstore.tier import Tier
 from tierstore.transfer.engine import Engine, Transfer
 
@@ -56,7 +57,8 @@ class Flights(Residency):
         transfer = Transfer(entry.key, entry.spec, self.tiers[source].backend, tier.backend, (source, target))
         self.lock.release()
         try:
-            self.engine.start(transfer, partial(self._landed, flight))
+            with shielded():
+                self.engine.start(transfer, partial(self._landed, flight))
         except BaseException as error:
             self._landed(flight, error)
             raise

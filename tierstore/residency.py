@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, ClosedError, MissingKeyError, TierStoreError
+from tierstore.shield import shielded
 from tierstore.stats import Counters
 from tierstore.tier import Tier
 from tierstore.transfer.engine import Engine, Transfer
@@ -139,7 +140,7 @@ class Residency:
         self.counters.link_busy(source, target, self.engine.now())
         carried = 0
         try:
-            with self.writing(tier, entry.key, entry.nbytes):
+            with self.writing(tier, entry.key, entry.nbytes), shielded():
                 self.engine.carry(transfer)
             carried = entry.nbytes
         finally:

@@ -179,7 +179,9 @@ class TieredStore:
                     f"shrinking to {budget} bytes", tier=tier, required_bytes=ledger.used, budget_bytes=budget or 0,
                     hint="release leases first, or give the tiers below more room",
                 )  # fmt: skip
-            policy = self._moves.tiers[level].policy
+            backend, policy = self._moves.tiers[level].backend, self._moves.tiers[level].policy
+            if isinstance(backend, MemoryBackend):
+                backend.trim()
             if isinstance(policy, Foresight):
                 policy.budget(budget)
             self._moves.wake()

@@ -13,7 +13,6 @@ from tierstore.devices import names_device
 from tierstore.entry import Entry
 from tierstore.errors import ModelError, UnsupportedTensorError
 from tierstore.patch.ops import Kind, Op, describe, view_geometry
-from tierstore.patch.shield import shielded
 from tierstore.patch.source import CopySource, Host
 from tierstore.patch.wrapper import Wrapper
 from tierstore.spec import TensorSpec
@@ -224,8 +223,7 @@ def _acquire(wrappers: list[Wrapper], func: Any) -> dict[Host, list[Entry]]:
             moves = host.store.moves
             with moves.lock:
                 if len(entries) != 1 or not moves.lease_resident(entries[0], 0):
-                    with shielded():
-                        moves.acquire(entries, func)
+                    moves.acquire(entries, func)
             held[host] = entries
     except BaseException:
         _release(held)

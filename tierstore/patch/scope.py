@@ -22,7 +22,6 @@ from typing import Any, Protocol
 import torch
 
 from tierstore.entry import Entry
-from tierstore.patch.shield import shielded
 from tierstore.patch.source import EntrySource
 from tierstore.patch.swap import own_attributes
 from tierstore.patch.tensor import TieredTensor
@@ -93,9 +92,8 @@ class Frame:
         moves = room.moves
         with moves.lock:
             if not moves.lease_resident(entry, room.headroom):
-                with shielded():
-                    if not moves.acquire([entry], "a module scope", headroom=room.headroom, wait=False):
-                        return value
+                if not moves.acquire([entry], "a module scope", headroom=room.headroom, wait=False):
+                    return value
             plain = self._note(entry, value)
             if len(self._entries) == 1:
                 self._lease_resident(neighbours)

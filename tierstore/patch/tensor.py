@@ -17,10 +17,10 @@ import torch
 
 from tierstore.errors import UnsupportedTensorError
 from tierstore.patch.dispatch import dispatch
-from tierstore.patch.shield import shielded
 from tierstore.patch.source import SettledSource
 from tierstore.patch.swap import own_attributes, replace_content
 from tierstore.patch.wrapper import Wrapper
+from tierstore.shield import shielded
 
 
 class TieredTensor(Wrapper):

@@ -75,9 +75,7 @@ def _check(trace: Iterable[str], sizes: Mapping[str, int], budget: int | None) -
         raise BudgetError(f"planning for {largest!r}", tier="the fastest", required_bytes=sizes[largest], budget_bytes=budget)
 
 
-def _choose(
-    accesses: Sequence[tuple[str, float]], sizes: Mapping[str, int], budget: int | None, fixed_bytes: int
-) -> frozenset[str]:
+def _choose(accesses: Sequence[tuple[str, float]], sizes: Mapping[str, int], budget: int | None, fixed_bytes: int) -> frozenset[str]:
     """Return the keys that stay in a tier of `budget` bytes.
 
     Large entries need a large ring if they stream, so keeping them may pay although smaller ones are used as often: a few
@@ -134,9 +132,7 @@ def ring_for(accesses: Sequence[tuple[str, float]], sizes: Mapping[str, int], re
     return max((sizes[a] + (sizes[b] if a != b else 0) for a, b in pairs), default=0)
 
 
-def _by_worth(
-    accesses: Sequence[tuple[str, float]], sizes: Mapping[str, int], forced: frozenset[str], fixed_bytes: int
-) -> list[set[str]]:
+def _by_worth(accesses: Sequence[tuple[str, float]], sizes: Mapping[str, int], forced: frozenset[str], fixed_bytes: int) -> list[set[str]]:
     """Return groups of keys, the most used per byte first; those too small to be worth a transfer come before all."""
     uses: dict[str, int] = {}
     for key, _ in accesses:

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tierstore.backend import Backend, MemoryBackend
 from tierstore.planning.policy import Policy
-from tierstore.spec import TensorSpec
+from tierstore.spec import TensorSpec, raw_bytes
 from tierstore.testing.values import bits, every_value, make_value, overwrite, some_values
 
 ODD_KEYS = (
@@ -247,6 +247,19 @@ def _check_memory(backend: Backend) -> None:
         _require(backend.get(key).data_ptr() == mine.data_ptr(), "adopt", "after adopt, get must return the adopted memory itself")
         _compare(backend, key, mine, "adopt", "an adopted tensor")
     _compare_entries(backend, dict.fromkeys(("key", "new"), TensorSpec.of(mine)), "adopt")
+    for name, value in some_values():
+        _check_allocate(backend, TensorSpec.of(value), name)
+
+
+def _check_allocate(backend: MemoryBackend, spec: TensorSpec, name: str) -> None:
+    with _rule("allocate", name):
+        first, second = backend.allocate(spec), backend.allocate(spec)
+        place = raw_bytes(first).fill_(1), raw_bytes(second).fill_(0)
+    _require(TensorSpec.of(first) == spec, "allocate", f"asked for {spec}, got {TensorSpec.of(first)}")
+    _require(first.device.type == backend.device.type, "allocate", f"the memory is on {first.device}, device is {backend.device}")
+    _require(bool((place[0] == 1).all()), "allocate", f"two pieces of memory for {name} overlap")
+    backend.adopt("key", second)
+    _require(backend.get("key").data_ptr() == second.data_ptr(), "allocate", "what allocate returned must be what adopt stores")
 
 
 def _check_reopen(backend: Backend, reopen: Callable[[Backend], Backend]) -> None:

@@ -1,6 +1,7 @@
 """Backends for tests: the plainest one, and wrappers that make any other fail or wait.
 
 A wrapper keeps the capability of what it wraps (`MemoryBackend`, `MappedBackend`), because the store asks for the type.
+Not `FileBackend`: a reader goes past the backend, so the calls of a wrapper would never see those reads.
 """
 
 from __future__ import annotations
@@ -172,6 +173,12 @@ class MemoryWrapper(Wrapper, MemoryBackend):
     def adopt(self, key: str, tensor: torch.Tensor) -> None:
         self.interference.around("adopt", key, self.inner)
         self.inner.adopt(key, tensor)
+
+    def allocate(self, spec: TensorSpec) -> torch.Tensor:
+        return self.inner.allocate(spec)
+
+    def trim(self) -> None:
+        self.inner.trim()
 
 
 def wrap(backend: Backend, interference: Interference) -> Wrapper:

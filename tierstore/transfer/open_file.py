@@ -1,0 +1,117 @@
+"""One file that several threads read ranges of: from the page cache what it has, everything else around it.
+
+[Note: asking the page cache]
+A read with RWF_NOWAIT returns what is cached and else fails, but the kernel then starts to read the asked range into the
+cache: a probe as large as the request made the device read all bytes twice (1.56 instead of 3.87 GB/s for 16 MiB files
+that were not cached). So one page is asked first; that costs nothing measurable (3.85), and only if it is there the rest
+is asked in steps. What a vain question began is thrown out of the cache again, or a second pass would find the probed
+pages there and go on from them, until all of the file took memory twice. For cached files this way is 3 times as fast
+as direct I/O (11.5 against 4.1 GB/s). Asking once per extent gained nothing over once per 8 MiB, nor did cachestat(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+
+import numpy as np
+
+from tierstore.errors import CorruptionError
+
+PAGE = 4096  # bytes; direct I/O needs offset, address and length in multiples of it
+_STEP = 1 << 20  # bytes asked of the cache at once when the page before was there
+
+_NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
+_DIRECT: int | None = getattr(os, "O_DIRECT", None)
+_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
+
+
+class OpenFile:
+    """The file at `path`, which stays readable when its name goes. `read` may be called from several threads at once.
+
+    The lock is held only while the second descriptor, the one for direct I/O, is opened.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._direct: int | None = None
+        self._refused = _DIRECT is None
+        self._buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if hasattr(os, "posix_fadvise"):  # nothing may be read ahead that is about to be read around the cache
+            os.posix_fadvise(self._buffered, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def close(self) -> None:
+        os.close(self._buffered)
+        if self._direct is not None:
+            os.close(self._direct)
+
+    def read(self, memory: memoryview, offset: int) -> None:
+        """Fill `memory` with the bytes from `offset` on; raise `CorruptionError` if the file ends before."""
+        cached, asked = self._read_cached(memory, offset)
+        position = cached
+        while position < len(memory):
+            count = self._read_on(memory[position:], offset + position)
+            if count == 0:
+                raise CorruptionError("?", self.path, f"the file ends {len(memory) - position} bytes before the end of what was asked for")
+            position += count
+        if cached < asked:
+            # one page alone may be there only because the device was quick to answer the question
+            self._uncache(offset + (cached if cached > PAGE else 0), offset + asked)
+
+    def _read_cached(self, memory: memoryview, offset: int) -> tuple[int, int]:
+        """Read what is cached from the start on; return how many bytes that were, and how many were asked for."""
+        cached = asked = 0
+        while _NOWAIT is not None and cached == asked < len(memory):
+            asked = min(len(memory), asked + (_STEP if asked else PAGE))
+            while cached < asked:
+                try:
+                    count = os.preadv(self._buffered, [memory[cached:asked]], offset + cached, _NOWAIT)
+                except OSError:  # not there, or not supported; any other error comes again when the device is asked
+                    count = 0
+                if count == 0:
+                    break
+                cached += count
+        return cached, asked
+
+    def _read_on(self, memory: memoryview, offset: int) -> int:
+        """Read from the device at least one byte of what `memory` has room for, unless the file ends here."""
+        address = np.frombuffer(memory, np.uint8, 1).ctypes.data
+        to_border = -offset % PAGE
+        if (address + to_border) % PAGE or len(memory) < to_border + PAGE:
+            return self._read_buffered(memory, offset)
+        if to_border:
+            return self._read_buffered(memory[:to_border], offset)
+        descriptor = self._direct_descriptor()
+        if descriptor is not None:
+            try:
+                return os.preadv(descriptor, [memory[: len(memory) // PAGE * PAGE]], offset)
+            except OSError as error:
+                if error.errno not in _REFUSALS:
+                    raise
+                self._refused = True
+        return self._read_buffered(memory, offset)
+
+    def _read_buffered(self, memory: memoryview, offset: int) -> int:
+        count = os.preadv(self._buffered, [memory], offset)
+        self._uncache(offset, offset + count)
+        return count
+
+    def _uncache(self, start: int, stop: int) -> None:
+        """Drop pages of the cache that only this reader wanted: they would hold the same bytes a second time."""
+        if hasattr(os, "posix_fadvise"):
+            start -= start % PAGE  # the kernel drops whole pages only
+            os.posix_fadvise(self._buffered, start, stop + -stop % PAGE - start, os.POSIX_FADV_DONTNEED)
+
+    def _direct_descriptor(self) -> int | None:
+        """Return the descriptor for direct I/O, or None where the file system has none."""
+        if self._refused or _DIRECT is None:
+            return None
+        with self._lock:
+            if self._direct is None:
+                try:  # not by the path: the name may be gone, or another file's by now
+                    self._direct = os.open(f"/proc/self/fd/{self._buffered}", os.O_RDONLY | os.O_CLOEXEC | _DIRECT)
+                except OSError:
+                    self._refused = True
+            return self._direct

@@ -1,0 +1,147 @@
+"""Reads extents of files into CPU memory with a few threads, around the page cache wherever it does not have them already."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+from queue import SimpleQueue
+
+import torch
+
+from tierstore.backend import FileExtent
+from tierstore.errors import BackendError, ClosedError
+from tierstore.transfer.open_file import PAGE, OpenFile
+
+Done = Callable[[BaseException | None], None]
+
+
+class Reader:
+    """Serves requests of at most `request_bytes` in the order of `submit` with `threads` threads, started at the first one.
+
+    Extents are cut into requests, so that the device has several at once also for one large value. An extent holds a file
+    descriptor from `submit` on, and one more while it is read. Safe to call from several threads; its lock is held while a
+    file is opened and queued, never while one is read.
+    """
+
+    def __init__(self, threads: int = 4, request_bytes: int = 8 << 20) -> None:
+        if threads < 1 or request_bytes < 1:
+            raise ValueError(f"a reader needs at least one thread and one byte, got threads={threads}, request_bytes={request_bytes}")
+        self._count = threads
+        self._request_bytes = -(-request_bytes // PAGE) * PAGE  # so that each request ends at a page's border
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._queue: SimpleQueue[_Request | None] = SimpleQueue()
+        self._closed = False
+
+    def submit(self, extent: FileExtent, out: torch.Tensor, done: Done) -> None:
+        """Read the bytes of `extent` into `out`, a contiguous uint8 CPU tensor of just that size, and call `done` once.
+
+        The file is opened before this returns. `done` is called from a reader thread when nothing writes to `out` any more,
+        with None or the first error (`OSError`; `CorruptionError` for a file that ends too early). It must not raise, nor
+        wait for another extent. `out` is kept alive until then.
+        """
+        if out.dtype is not torch.uint8 or out.device.type != "cpu" or not out.is_contiguous() or out.numel() != extent.nbytes:
+            raise ValueError(
+                f"reading {extent.nbytes} bytes needs a contiguous uint8 CPU tensor of that size, "
+                f"got {out.dtype} {tuple(out.shape)} on {out.device}"
+            )
+        with self._lock:
+            if self._closed:
+                raise ClosedError("this reader is closed; make a new one")
+            self._start()
+            for request in _requests(_Job(extent, out, done), self._request_bytes):
+                self._queue.put(request)
+
+    def close(self) -> None:
+        """Wait until everything submitted has been read, and end the threads. Not to be called from a `done`."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                for _ in self._threads:
+                    self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _start(self) -> None:
+        while len(self._threads) < self._count:
+            name = f"tierstore-read-{len(self._threads)}"
+            thread = threading.Thread(target=_serve, args=(self._queue,), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+
+class _Job:
+    """One extent on its way: counts the requests that have not ended, and keeps the first error."""
+
+    def __init__(self, extent: FileExtent, out: torch.Tensor, done: Done) -> None:
+        self.extent = extent
+        self.pending = 1
+        self._memory = out.numpy().data  # keeps `out` alive
+        self._done = done
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        self._file: OpenFile | None = None
+        try:
+            self._file = OpenFile(extent.path)
+        except OSError as error:
+            self._error = error.with_traceback(None)
+
+    def read(self, start: int, stop: int) -> None:
+        """Read a part of the extent, unless an error has made it useless; start and stop count from the extent's start."""
+        if self._file is None or self._error is not None:
+            return
+        self._file.read(self._memory[start:stop], self.extent.offset + start)
+
+    def end(self, error: BaseException | None) -> None:
+        """Count one request as ended; the last one closes the file and reports."""
+        with self._lock:
+            self._error = self._error or error
+            self.pending -= 1
+            if self.pending:
+                return
+        if self._file is not None:
+            self._file.close()
+        self._done(self._error)
+
+
+class _Request:
+    """A part of an extent, read by one thread."""
+
+    def __init__(self, job: _Job, start: int, stop: int) -> None:
+        self._job = job
+        self._start = start
+        self._stop = stop
+
+    def serve(self) -> None:
+        error: BaseException | None = BackendError("reading ended without a result; see the reader thread's own error")
+        try:
+            self._job.read(self._start, self._stop)
+            error = None
+        except OSError as failure:
+            # with its traceback it would keep this frame, and so the memory, until the garbage collector comes
+            error = failure.with_traceback(None)
+        finally:  # whatever happens: a value that is never reported would be waited for for ever
+            self._job.end(error)
+
+
+def _requests(job: _Job, size: int) -> list[_Request]:
+    """Cut an extent into requests that end where the file's pages do; an empty one still makes one request."""
+    offset, nbytes = job.extent.offset, job.extent.nbytes
+    cuts = [0, *range(size - offset % PAGE, nbytes, size), nbytes]
+    requests = [_Request(job, start, stop) for start, stop in pairwise(cuts)]
+    job.pending = len(requests)
+    return requests
+
+
+def _serve(queue: SimpleQueue[_Request | None]) -> None:
+    while _serve_next(queue):
+        pass
+
+
+def _serve_next(queue: SimpleQueue[_Request | None]) -> bool:
+    """Serve one request; a function of its own, so that a thread that waits holds no memory of the one before."""
+    request = queue.get()
+    if request is not None:
+        request.serve()
+    return request is not None
