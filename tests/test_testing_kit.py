@@ -309,6 +309,17 @@ class CopyingAdopt(DeviceBackend):  # type: ignore[valid-type, misc]
         self.put(key, tensor)
 
 
+class AllocatesOnce(DeviceBackend):  # type: ignore[valid-type, misc]
+    def allocate(self, spec: TensorSpec) -> torch.Tensor:
+        place: torch.Tensor = self.__dict__.setdefault("place", torch.empty(1 << 20, dtype=torch.uint8))
+        return typed_view(place, spec)
+
+
+class AllocatesDense(DeviceBackend):  # type: ignore[valid-type, misc]
+    def allocate(self, spec: TensorSpec) -> torch.Tensor:
+        return torch.empty(spec.shape, dtype=spec.dtype)
+
+
 class LeakingMemory(DeviceBackend):  # type: ignore[valid-type, misc]
     def delete(self, key: str) -> None:
         self.__dict__.setdefault("bin", []).append(self.get(key))
@@ -327,7 +338,8 @@ BROKEN_BACKENDS = {
     KeepsTheFirstValue: "overwrite", ListsOldSpec: "overwrite", DenseEntries: "entries", ForgetsEmpty: "entries", ListsTwice: "missing key",
     ListsDeleted: "missing key", FoldsCase: "odd keys", ShortKeys: "odd keys", NormalisesUnicode: "odd keys",
     DropsBeforeWriting: "atomic put", RecordsBeforeWriting: "atomic put", StoresNothingForNothing: "atomic put", SharesABuffer: "threads",
-    LosesOnReopen: "reopen", RevivesOnReopen: "reopen", CopyingMemory: "live memory", CopyingAdopt: "adopt", LeakingMemory: "delete",
+    LosesOnReopen: "reopen", RevivesOnReopen: "reopen", CopyingMemory: "live memory", CopyingAdopt: "adopt", AllocatesOnce: "allocate", AllocatesDense: "allocate",
+    LeakingMemory: "delete",
     FailingClose: "close",
 }  # fmt: skip
 
