@@ -137,6 +137,17 @@ def test_one_fixed_region_refuses_what_does_not_fit() -> None:
     assert region.take(60) == 0
 
 
+def test_a_range_ends_where_warm_bytes_end_if_that_saves_cold_ones() -> None:
+    region = Intervals()
+    region.add(0, 14)
+    assert (region.take(10), region.take(4)) == (0, 10)
+    region.give(0)
+    region.peak = region.live
+    assert region.cool() == [(0, 10)]
+    region.give(10)
+    assert region.take(8) == 6
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -174,7 +185,9 @@ def test_memory_is_used_again_once_nobody_refers_to_it() -> None:
     tensor = filled(arena, 3 * MIB)
     place = tensor.data_ptr()
     del tensor
-    assert arena.allocate(3 * MIB).data_ptr() == place
+    again = arena.allocate(3 * MIB)
+    assert again.data_ptr() == place
+    assert resident(arena) >= 3 * MIB  # without a write: the memory was never given back
 
 
 KEEPERS: dict[str, Callable[[torch.Tensor], object]] = {

@@ -238,6 +238,17 @@ def test_unaligned_memory_is_read_through_the_cache_and_leaves_nothing_there(tmp
     assert cached_pages(path) == 0
 
 
+@pytest.mark.parametrize(("offset", "length", "shift"), [(5000, 9000, 0), (5000, 9000, 904), (PAGE, 5 * PAGE + 9, 0), (5000, 10, 0)])
+def test_parts_of_pages_leave_nothing_in_the_cache(tmp_path: Path, arena: Arena, offset: int, length: int, shift: int) -> None:
+    content = random_bytes(20 * PAGE)
+    path = write(tmp_path / "file", content)
+    needs_direct(path)
+    out = arena.allocate(shift + length)[shift:]
+    assert fetch(FileExtent(str(path), offset, length), out) is None
+    assert torch.equal(out, content[offset : offset + length])
+    assert cached_pages(path) == 0
+
+
 def test_every_value_of_a_disk_store_arrives_in_memory_of_the_fast_tier(tmp_path: Path) -> None:
     slow, fast, reader, results = DiskBackend(tmp_path / "store"), DeviceBackend(), Reader(), Results()
     samples = all_samples() | {f"large {number}": torch.randn(700 + number, 1000) for number in range(3)}

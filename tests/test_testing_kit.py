@@ -309,6 +309,24 @@ class CopyingAdopt(DeviceBackend):  # type: ignore[valid-type, misc]
         self.put(key, tensor)
 
 
+class OwnPut(DeviceBackend):  # type: ignore[valid-type, misc]
+    """Does not use `allocate` itself, so that a mistake there shows only there."""
+
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        self.adopt(key, typed_view(raw_bytes(tensor).to("cpu", copy=True), TensorSpec.of(tensor)))
+
+
+class AllocatesOnce(OwnPut):
+    def allocate(self, spec: TensorSpec) -> torch.Tensor:
+        place: torch.Tensor = self.__dict__.setdefault("place", torch.empty(1 << 20, dtype=torch.uint8))
+        return typed_view(place, spec)
+
+
+class AllocatesDense(OwnPut):
+    def allocate(self, spec: TensorSpec) -> torch.Tensor:
+        return torch.empty(spec.shape, dtype=spec.dtype)
+
+
 class LeakingMemory(DeviceBackend):  # type: ignore[valid-type, misc]
     def delete(self, key: str) -> None:
         self.__dict__.setdefault("bin", []).append(self.get(key))
@@ -327,7 +345,9 @@ BROKEN_BACKENDS = {
     KeepsTheFirstValue: "overwrite", ListsOldSpec: "overwrite", DenseEntries: "entries", ForgetsEmpty: "entries", ListsTwice: "missing key",
     ListsDeleted: "missing key", FoldsCase: "odd keys", ShortKeys: "odd keys", NormalisesUnicode: "odd keys",
     DropsBeforeWriting: "atomic put", RecordsBeforeWriting: "atomic put", StoresNothingForNothing: "atomic put", SharesABuffer: "threads",
-    LosesOnReopen: "reopen", RevivesOnReopen: "reopen", CopyingMemory: "live memory", CopyingAdopt: "adopt", LeakingMemory: "delete",
+    LosesOnReopen: "reopen", RevivesOnReopen: "reopen", CopyingMemory: "live memory",
+    CopyingAdopt: "adopt", AllocatesOnce: "allocate", AllocatesDense: "allocate",
+    LeakingMemory: "delete",
     FailingClose: "close",
 }  # fmt: skip
 
