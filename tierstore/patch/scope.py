@@ -91,9 +91,9 @@ class Frame:
         room = self._room
         moves = room.moves
         with moves.lock:
-            if not moves.lease_resident(entry, room.headroom):
-                if not moves.acquire([entry], "a module scope", headroom=room.headroom, wait=False):
-                    return value
+            resident = moves.lease_resident(entry, room.headroom)
+            if not resident and not moves.acquire([entry], "a module scope", headroom=room.headroom, wait=False):
+                return value
             plain = self._note(entry, value)
             if len(self._entries) == 1:
                 self._lease_resident(neighbours)
