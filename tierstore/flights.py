@@ -38,6 +38,7 @@ class Flights(Residency):
         super().__init__(tiers, engine)
         self._flights = [0] * len(self.tiers)
         self._flying = [0] * len(self.tiers)  # bytes
+        self._failed: set[str] = set()  # not tried ahead of use again: whoever needs them will get the error
         self._pumping = False
         self._foresights = [(level, tier.policy) for level, tier in enumerate(self.tiers[:-1]) if isinstance(tier.policy, Foresight)]
 
@@ -77,6 +78,7 @@ class Flights(Residency):
             if error is None and flight.version == entry.version:
                 tier.ledger.release(flight.outdated or 0)
                 self.placed(entry, flight.target)
+                self._failed.discard(entry.key)
             else:
                 tier.policy.remove(entry.key)
                 self._undo(flight, tier, failed=error is not None)
@@ -84,10 +86,10 @@ class Flights(Residency):
             self.unmark_busy(entry)
             self.pump()
 
-    @staticmethod
-    def _undo(flight: Flight, tier: Tier, *, failed: bool) -> None:
+    def _undo(self, flight: Flight, tier: Tier, *, failed: bool) -> None:
         """Account for a copy that failed, or of a value that was written to meanwhile."""
         if failed:
+            self._failed.add(flight.entry.key)
             tier.ledger.release(flight.entry.nbytes)
             if flight.outdated is not None:
                 tier.stale[flight.entry.key] = flight.outdated
@@ -109,20 +111,23 @@ class Flights(Residency):
 
     def pump(self) -> None:
         """Start the fetches that policies want ahead of use; may release the lock for moments."""
-        if not self._foresights or self._pumping or self.closed:
+        if not self._foresights or self._pumping:
             return
         self._pumping = True  # who comes meanwhile need not: this looks again before it ends
         try:
             for level, policy in reversed(self._foresights):
-                while (self._flights[level] < _FEW or self._flying[level] < _MUCH) and self._fetch_ahead(level, policy):
+                while self._link_idle(level) and self._fetch_ahead(level, policy):
                     pass
         finally:
             self._pumping = False
 
+    def _link_idle(self, level: int) -> bool:
+        return not self.closed and (self._flights[level] < _FEW or self._flying[level] < _MUCH)
+
     def _fetch_ahead(self, level: int, policy: Foresight) -> bool:
         key = policy.wanted()
         entry = None if key is None else self.entries.get(key)
-        if entry is None or self.moving(entry) or not entry.tiers or min(entry.tiers) <= level:
+        if entry is None or key in self._failed or self.moving(entry) or not entry.tiers or min(entry.tiers) <= level:
             return False
         if not self._clear(level, entry.nbytes, policy.spare()):
             return False
