@@ -38,7 +38,7 @@ class Flights(Residency):
         super().__init__(tiers, engine)
         self._flights = [0] * len(self.tiers)
         self._flying = [0] * len(self.tiers)  # bytes
-        self._failed: set[str] = set()  # not tried ahead of use again: whoever needs them will get the error
+        self._failed: dict[str, BaseException] = {}  # by key; not tried ahead of use again: who needs the value meets it
         self._pumping = False
         self._foresights = [(level, tier.policy) for level, tier in enumerate(self.tiers[:-1]) if isinstance(tier.policy, Foresight)]
 
@@ -78,18 +78,20 @@ class Flights(Residency):
             if error is None and flight.version == entry.version:
                 tier.ledger.release(flight.outdated or 0)
                 self.placed(entry, flight.target)
-                self._failed.discard(entry.key)
+                if flight.target < flight.source < len(self.tiers) - 1:
+                    self.tiers[flight.source].policy.access(entry.key)
+                self._failed.pop(entry.key, None)
             else:
                 tier.policy.remove(entry.key)
-                self._undo(flight, tier, failed=error is not None)
+                self._undo(flight, tier, error)
             flight.error, flight.done = error, True
             self.unmark_busy(entry)
             self.pump()
 
-    def _undo(self, flight: Flight, tier: Tier, *, failed: bool) -> None:
+    def _undo(self, flight: Flight, tier: Tier, error: BaseException | None) -> None:
         """Account for a copy that failed, or of a value that was written to meanwhile."""
-        if failed:
-            self._failed.add(flight.entry.key)
+        if error is not None:
+            self._failed[flight.entry.key] = error
             tier.ledger.release(flight.entry.nbytes)
             if flight.outdated is not None:
                 tier.stale[flight.entry.key] = flight.outdated
@@ -127,16 +129,25 @@ class Flights(Residency):
     def _fetch_ahead(self, level: int, policy: Foresight) -> bool:
         key = policy.wanted()
         entry = None if key is None else self.entries.get(key)
-        if entry is None or key in self._failed or self.moving(entry) or not entry.tiers or min(entry.tiers) <= level:
+        if entry is None or not self._below(entry, level) or not self._clear(level, entry.nbytes, policy.spare()):
             return False
-        if not self._clear(level, entry.nbytes, policy.spare()):
+        if not self._below(entry, level):  # by now
+            self.tiers[level].ledger.release(entry.nbytes)
             return False
         self.mark_busy(entry)
         self.begin(entry, min(entry.tiers), level)
         return True
 
+    def _below(self, entry: Entry, level: int) -> bool:
+        """True if an entry can be fetched into a tier from one below it."""
+        gone = self.entries.get(entry.key) is not entry or not entry.tiers
+        return not gone and not self.moving(entry) and min(entry.tiers) > level and entry.key not in self._failed
+
     def _clear(self, level: int, nbytes: int, candidates: Iterator[str]) -> bool:
-        """Reserve `nbytes` in a tier, dropping candidates that a slower tier has too; nothing happens if that is not enough."""
+        """Reserve `nbytes` in a tier, evicting candidates; nothing leaves if all of them would not be enough.
+
+        What only this tier holds is written down first, which happens once: what has a home below is dropped later.
+        """
         ledger = self.tiers[level].ledger
         excess = ledger.excess(nbytes)
         leaving: list[Entry] = []
@@ -145,10 +156,16 @@ class Flights(Residency):
             if key is None:
                 return False
             entry = self.entries[key]
-            if self.evictable(entry, level) and any(other > level for other in entry.tiers):
+            if self.evictable(entry, level):
                 leaving.append(entry)
                 excess -= entry.nbytes
         for entry in leaving:
-            self.drop(entry, level)
-            self.counters.evictions += 1
+            if level not in entry.tiers or not self.evictable(entry, level):
+                continue
+            try:
+                if not self.evict(entry, level):
+                    return False
+            except Exception as error:  # noqa: BLE001  (this is ahead of use: who truly needs the room meets the error)
+                self._failed[entry.key] = error
+                return False
         return ledger.reserve(nbytes)

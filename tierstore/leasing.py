@@ -43,7 +43,11 @@ class Leasing(Flights):
             self.check_open()
         if started is not None:
             self.counters.stall_seconds += self.engine.now() - started
-        self.pump()
+        try:
+            self.pump()
+        except BaseException:
+            self.release(wanted)
+            raise
         return True
 
     def lease_resident(self, entry: Entry, headroom: int) -> bool:

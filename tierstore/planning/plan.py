@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tierstore.errors import BudgetError
@@ -55,7 +55,8 @@ def plan(
     last = len(budgets) - 1
     for level in range(last):
         streamed = [(key, duration) for key, duration in zip(trace, durations, strict=True) if key not in rest]
-        chosen = _choose(streamed, sizes, budgets[level], fixed_bytes)
+        # two links in a row jostle each other: one slot more between them keeps both busy
+        chosen = _choose(streamed, sizes, budgets[level], fixed_bytes, 2 if level == 0 else 3)
         rest |= dict.fromkeys(chosen, level)
         budget = budgets[level]
         used = sum(sizes[key] for key in chosen)
@@ -75,7 +76,9 @@ def _check(trace: Iterable[str], sizes: Mapping[str, int], budget: int | None) -
         raise BudgetError(f"planning for {largest!r}", tier="the fastest", required_bytes=sizes[largest], budget_bytes=budget)
 
 
-def _choose(accesses: Sequence[tuple[str, float]], sizes: Mapping[str, int], budget: int | None, fixed_bytes: int) -> frozenset[str]:
+def _choose(
+    accesses: Sequence[tuple[str, float]], sizes: Mapping[str, int], budget: int | None, fixed_bytes: int, slots: int
+) -> frozenset[str]:
     """Return the keys that stay in a tier of `budget` bytes.
 
     Large entries need a large ring if they stream, so keeping them may pay although smaller ones are used as often: a few
@@ -89,7 +92,7 @@ def _choose(accesses: Sequence[tuple[str, float]], sizes: Mapping[str, int], bud
     fewest = None
     for threshold in [None, *thresholds]:
         forced = frozenset(key for key in keys if threshold is not None and sizes[key] >= threshold)
-        chosen = _fill(accesses, sizes, budget, fixed_bytes, forced)
+        chosen = _fill(accesses, sizes, budget, fixed_bytes, forced, slots)
         if chosen is None:
             break
         moved = sum(sizes[key] for key, _ in accesses if key not in chosen)
@@ -99,11 +102,11 @@ def _choose(accesses: Sequence[tuple[str, float]], sizes: Mapping[str, int], bud
 
 
 def _fill(
-    accesses: Sequence[tuple[str, float]], sizes: Mapping[str, int], budget: int, fixed_bytes: int, forced: frozenset[str]
+    accesses: Sequence[tuple[str, float]], sizes: Mapping[str, int], budget: int, fixed_bytes: int, forced: frozenset[str], slots: int
 ) -> frozenset[str] | None:
     """Return `forced` and what else stays beside it and a ring for the rest; None if `forced` leaves no room for a ring."""
     chosen = set(forced)
-    free = budget - sum(sizes[key] for key in forced) - ring_for(accesses, sizes, forced)
+    free = budget - sum(sizes[key] for key in forced) - ring_for(accesses, sizes, forced, slots)
     if free < 0:
         return None if forced else frozenset()
     for group in _by_worth(accesses, sizes, forced, fixed_bytes):
@@ -116,7 +119,7 @@ def _fill(
             chosen |= part
             free -= sum(sizes[key] for key in part)
     # what stays no longer needs the ring: its room may hold more
-    free = budget - sum(sizes[key] for key in chosen) - ring_for(accesses, sizes, chosen)
+    free = budget - sum(sizes[key] for key in chosen) - ring_for(accesses, sizes, chosen, slots)
     for key in dict.fromkeys(key for key, _ in accesses):
         if key not in chosen and sizes[key] <= free:
             chosen.add(key)
@@ -124,12 +127,12 @@ def _fill(
     return frozenset(chosen)
 
 
-def ring_for(accesses: Sequence[tuple[str, float]], sizes: Mapping[str, int], resident: Iterable[str]) -> int:
-    """Return the bytes that streaming needs so that one entry is fetched while the one before it is used."""
-    stay = resident if isinstance(resident, (set, frozenset)) else set(resident)
-    streamed = [key for key, _ in accesses if key not in stay]
-    pairs = zip(streamed, streamed[1:] + streamed[:1], strict=True)
-    return max((sizes[a] + (sizes[b] if a != b else 0) for a, b in pairs), default=0)
+def ring_for(accesses: Sequence[tuple[str, float]], sizes: Mapping[str, int], resident: Collection[str], slots: int = 2) -> int:
+    """Return the bytes that streaming needs to hold any `slots` entries in a row: with two, one is fetched while one is used."""
+    streamed = [key for key, _ in accesses if key not in resident]
+    around = streamed + streamed[: slots - 1]
+    windows = (set(around[start : start + slots]) for start in range(len(streamed)))
+    return max((sum(sizes[key] for key in window) for window in windows), default=0)
 
 
 def _by_worth(accesses: Sequence[tuple[str, float]], sizes: Mapping[str, int], forced: frozenset[str], fixed_bytes: int) -> list[set[str]]:

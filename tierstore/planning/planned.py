@@ -129,6 +129,7 @@ class Lane(Foresight):
         self._spent: OrderedDict[str, None] = OrderedDict()
         self._window: deque[tuple[str, int]] = deque()  # keys, each with its position in the history
         self._ahead: dict[str, int] = {}  # how often each key is in the window
+        self._served: set[str] = set()  # in the window and already copied to the tier above
         self._frontier: int | None = None  # position in the history up to which the window reaches
 
     # -- events ---------------------------------------------------------------------------------------------------
@@ -143,12 +144,15 @@ class Lane(Foresight):
         self._online.access(key)
         if self._level == 0:
             self._schedule.seen(key)
+        elif key in self._ahead and self._streams(key):
+            self._served.add(key)
+            self._spent[key] = None
 
     def remove(self, key: str) -> None:
         self._online.remove(key)
         del self._present[key]
         self._spent.pop(key, None)
-        if key in self._ahead:
+        if key in self._ahead and key not in self._served:
             self._look_back(key)
         if self._level == 0 and self._schedule.rest(key) == 0:
             self._schedule.squeezed(self._schedule.sizes[key])
@@ -203,6 +207,7 @@ class Lane(Foresight):
     def passed(self, key: str, *, expected: bool) -> None:
         """A use was seen; the window moves on, or starts anew where it was not expected."""
         predictor = self._schedule.predictor
+        self._served.discard(key)
         if not expected:
             self._forget_window()
         elif key not in predictor.erratic:
@@ -251,6 +256,7 @@ class Lane(Foresight):
     def _forget_window(self) -> None:
         waiting = list(self._ahead)
         self._window.clear()
+        self._served.clear()
         self._ahead.clear()
         self._frontier = self._schedule.predictor.pointer
         for key in waiting:

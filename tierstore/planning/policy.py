@@ -19,7 +19,10 @@ class Policy(ABC):
 
     @abstractmethod
     def access(self, key: str) -> None:
-        """`key`, which is in the tier, is used. Each use is told once; one that brought the key in, right after `insert`."""
+        """`key`, which is in the tier, is used: in the fastest tier by whoever asked for it, in others by the tier above.
+
+        Each use is told once; one that brought the key in, right after `insert`.
+        """
 
     @abstractmethod
     def remove(self, key: str) -> None:
