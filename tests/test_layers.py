@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "tierstore"
 LAYERS = (
     {"errors", "sizes", "spec", "devices"},
     {"backend", "registry"},
-    {"ledger", "policy", "plan", "trace"},
+    {"ledger", "planning"},
     {"entry", "tier", "stats", "transfer"},
     {"residency", "leasing", "writing", "lease"},
     {"store", "report"},

@@ -16,7 +16,8 @@ from tierstore.devices import compute_device, working_accelerator
 from tierstore.errors import BackendError, TierStoreError
 from tierstore.patch.attach import Attachment, refuse_attached
 from tierstore.patch.regions import Region, check_model
-from tierstore.policy import PolicyFactory, policy_factory
+from tierstore.planning.names import policy_factory
+from tierstore.planning.policy import PolicyFactory
 from tierstore.registry import backend_class, backend_names
 from tierstore.report import render
 from tierstore.sizes import Size, format_size, parse_size

@@ -12,7 +12,8 @@ from tierstore.backend import Backend, MemoryBackend
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, TierStoreError
 from tierstore.lease import Lease
-from tierstore.policy import PolicyFactory, policy_factory
+from tierstore.planning.names import policy_factory
+from tierstore.planning.policy import PolicyFactory
 from tierstore.sizes import Size, parse_size
 from tierstore.spec import TensorSpec
 from tierstore.stats import Stats, TierStats

@@ -16,7 +16,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tierstore.backend import Backend, MemoryBackend
-from tierstore.policy import Policy
+from tierstore.planning.policy import Policy
 from tierstore.spec import TensorSpec
 from tierstore.testing.values import bits, every_value, make_value, overwrite, some_values
 
@@ -279,14 +279,15 @@ def check_policy(make_policy: Callable[[], Policy], *, events: int = 2000, seed:
     other.insert("of another tier", 1)
     rng = random.Random(seed)
     for _ in range(events):
-        event = rng.choice(("insert", "insert", "access", "access", "remove", "insert again"))
+        event = rng.choice(("insert", "demand", "access", "access", "remove", "evict", "insert again"))
         key = f"key {rng.randrange(24)}"
-        if event in ("access", "remove", "insert again") and present:
-            key = rng.choice(sorted(present))
-        elif event != "insert" or key in present:
+        if event not in ("insert", "demand") and present:
+            key = next(policy.victims()) if event == "evict" else rng.choice(sorted(present))
+        elif event not in ("insert", "demand") or key in present:
             continue
-        _tell(policy, event, key, rng.randrange(1000), present)
-        _compare_victims(policy, present, event)
+        for step in {"demand": ("insert", "access"), "evict": ("remove",)}.get(event, (event,)):
+            _tell(policy, step, key, rng.randrange(1000), present)
+            _compare_victims(policy, present, step)
     _compare_victims(other, {"of another tier"}, "independence")
     for key in sorted(present):
         _tell(policy, "remove", key, 0, present)
