@@ -105,6 +105,8 @@ class Leasing(Residency):
                 entry = todo.pop(0)
                 try:
                     self.copy(entry, min(entry.tiers), 0)
+                    if 0 in entry.tiers:
+                        self.tiers[0].policy.access(entry.key)
                 finally:
                     self.unmark_busy(entry)
         except BaseException:
