@@ -45,9 +45,10 @@ class Frequencies:
 class TinyLFU(Policy):
     """Evicts the less used of two: the oldest key of the window and the oldest one of the main part.
 
-    New keys enter the window (1 % of the bytes, at least one key). One that is pushed out of it goes to the main part,
-    a segmented LRU: a use promotes from probation to protected (80 %), whose oldest key falls back. On equal counts the
-    window's key leaves, so that a cycle or a scan passes by what is already there.
+    New keys enter the window. One that is pushed out of it goes to the main part, a segmented LRU: a use promotes from
+    probation to protected (80 %), whose oldest key falls back. On equal counts the window's key leaves, so that a cycle or a
+    scan passes by what is already there. The window is 1 % of the bytes, but no less than the largest key: were it smaller
+    than what comes next, each large key would push one out of the main part, and a cycle of unequal keys would never hit.
 
     Sizes matter for the shares only, not for the choice: fetching a key again costs its bytes, so what a byte of the tier
     saves is the count alone. The capacity is the most bytes that were there at once.
@@ -57,6 +58,7 @@ class TinyLFU(Policy):
         self._window, self._probation, self._protected = Segment(), Segment(), Segment()
         self._uses = Frequencies()
         self._capacity = 0
+        self._largest = 0
         self._most_keys = 0
 
     def insert(self, key: str, nbytes: int) -> None:
@@ -64,6 +66,7 @@ class TinyLFU(Policy):
         segments = (self._window, self._probation, self._protected)
         self._capacity = max(self._capacity, sum(segment.nbytes for segment in segments))
         self._most_keys = max(self._most_keys, sum(map(len, segments)))
+        self._largest = max(self._largest, nbytes)
         self._balance()
 
     def access(self, key: str) -> None:
@@ -98,7 +101,9 @@ class TinyLFU(Policy):
 
     def _balance(self) -> None:
         """Push out of window and protected part what exceeds their shares."""
-        while self._window.nbytes > WINDOW_SHARE * self._capacity and len(self._window) > 1:
-            self._probation.put(*self._window.pop_oldest())
+        window = self._window
+        share = max(WINDOW_SHARE * self._capacity, self._largest)
+        while len(window) > 1 and window.nbytes - window[window.oldest] >= share:
+            self._probation.put(*window.pop_oldest())
         while self._protected.nbytes > PROTECTED_SHARE * self._capacity:
             self._probation.put(*self._protected.pop_oldest())

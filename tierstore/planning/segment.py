@@ -33,8 +33,13 @@ class Segment:
 
     def pop_oldest(self) -> tuple[str, int]:
         """Take out the key used longest ago; return it and its bytes."""
-        key = next(iter(self._sizes))
+        key = self.oldest
         return key, self.pop(key)
+
+    @property
+    def oldest(self) -> str:
+        """The key used longest ago; there must be one."""
+        return next(iter(self._sizes))
 
     def __getitem__(self, key: str) -> int:
         return self._sizes[key]

@@ -11,7 +11,7 @@ from tierstore.planning.policy import Policy, PolicyFactory
 from tierstore.planning.replay import Simulation
 from tierstore.planning.segment import Segment
 
-MARGIN = 0.95  # of the followed policy's misses: fewer than this make another one worth following
+MARGIN = 0.9  # of the bytes that the followed policy missed: another one is followed once it missed less than this
 
 
 class Shadow:
@@ -41,7 +41,7 @@ class Shadowed(Policy):
     followed. The first is followed at the start, and by a margin as long as no other is better.
     """
 
-    def __init__(self, choices: Sequence[PolicyFactory] = (LRU, TinyLFU), window: int = 1024) -> None:
+    def __init__(self, choices: Sequence[PolicyFactory] = (LRU, TinyLFU), window: int = 2048) -> None:
         self._policies = [make() for make in choices]
         self._shadows = [Shadow(make(), window) for make in choices]
         self._present = Segment()
