@@ -93,6 +93,17 @@ def test_no_module_imports_the_package_itself(name: str) -> None:
     assert "" not in own_imports(name, FILES), "import from the module that defines the name, or the package's import order matters"
 
 
+def test_planning_knows_no_torch() -> None:
+    """Policies and plans are replayed where no tensor is; what they import must not bring torch in either."""
+    seen, todo = set[str](), [name for name in MODULES if name.startswith("planning.")]
+    assert "planning.replay" in todo
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        assert "torch" not in {other.partition(".")[0] for other in imports_in(FILES[name].read_text())}, f"tierstore.{name} imports torch"
+        todo += own_imports(name, FILES) - seen
+
+
 def test_no_cycles() -> None:
     graph = {name: {other for other in own_imports(name, FILES) if other in FILES and other != name} for name in MODULES}
     packages = {name for name in MODULES if any(other.startswith(f"{name}.") for other in MODULES)}

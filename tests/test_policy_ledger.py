@@ -8,8 +8,8 @@ import pytest
 
 from tierstore.errors import TierStoreError
 from tierstore.ledger import Ledger
+from tierstore.planning.classic import LRU
 from tierstore.planning.names import policy_factory
-from tierstore.planning.policy import LRU
 from tierstore.testing import check_policy
 
 

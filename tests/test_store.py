@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tests.samples import all_samples, assert_identical
 from tierstore.backend import Backend, MemoryBackend
 from tierstore.errors import BudgetError, ClosedError, MissingKeyError, TierStoreError, UnsupportedTensorError
-from tierstore.planning.policy import LRU
+from tierstore.planning.classic import LRU
 from tierstore.registry import open_backend
 from tierstore.spec import TensorSpec
 from tierstore.store import TieredStore

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tierstore.backend import Backend, MappedBackend, MemoryBackend
-from tierstore.planning.policy import LRU, Policy
+from tierstore.planning.classic import LRU
+from tierstore.planning.policy import Policy
 from tierstore.registry import open_backend
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
 from tierstore.testing import ConformanceError, Delays, DictBackend, Faults, InjectedError, check_backend, check_policy, wrap

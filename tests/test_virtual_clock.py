@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from tierstore.planning.planned import Schedule
-from tierstore.planning.policy import LRU
 from tierstore.registry import open_backend
 from tierstore.store import TieredStore
 from tierstore.testing import DictBackend, InjectedError
@@ -33,7 +32,7 @@ class Auto:
         self.schedule = Schedule(fixed_bytes=0)
 
     def __call__(self) -> Any:
-        return self.schedule.lane(LRU)
+        return self.schedule.lane()
 
 
 @dataclass

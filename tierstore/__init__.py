@@ -12,7 +12,8 @@ from tierstore.errors import (
     TierStoreError,
     UnsupportedTensorError,
 )
-from tierstore.planning.policy import LRU, Policy
+from tierstore.planning.classic import LRU
+from tierstore.planning.policy import Policy
 from tierstore.registry import backend_class, backend_names, open_backend
 from tierstore.session import Tiered, tiered
 from tierstore.sizes import format_size, parse_size

@@ -5,7 +5,8 @@ from __future__ import annotations
 from tierstore.backend import Backend, MemoryBackend
 from tierstore.errors import TierStoreError
 from tierstore.ledger import Ledger
-from tierstore.planning.policy import LRU, Policy
+from tierstore.planning.classic import LRU
+from tierstore.planning.policy import Policy
 from tierstore.sizes import Size, parse_size
 
 

@@ -1,10 +1,12 @@
-"""Policies by name."""
+"""Finds a policy by its name."""
 
 from __future__ import annotations
 
 from tierstore.errors import TierStoreError
+from tierstore.planning.classic import FIFO, LRU, MRU
+from tierstore.planning.frequency import TinyLFU
 from tierstore.planning.planned import Schedule
-from tierstore.planning.policy import LRU, Policy, PolicyFactory
+from tierstore.planning.policy import Policy, PolicyFactory
 
 
 class Auto:
@@ -14,10 +16,10 @@ class Auto:
         self._schedule = Schedule()
 
     def __call__(self) -> Policy:
-        return self._schedule.lane(LRU)
+        return self._schedule.lane()
 
 
-_NAMED: dict[str, PolicyFactory] = {"lru": LRU}
+_NAMED: dict[str, PolicyFactory] = {"lru": LRU, "fifo": FIFO, "mru": MRU, "tinylfu": TinyLFU}
 
 
 def policy_factory(policy: str | PolicyFactory) -> PolicyFactory:

@@ -6,11 +6,12 @@ One `Schedule` sees every access and has the plan; each tier but the last has a 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from tierstore.planning.plan import Plan, plan
-from tierstore.planning.policy import Foresight, Policy
+from tierstore.planning.policy import Foresight, PolicyFactory
 from tierstore.planning.predictor import Predictor
+from tierstore.planning.shadow import Shadowed
 
 _ENOUGH = 32  # expected accesses in a row after which a repetition is believed; fewer if all of it is shorter
 _FEWEST = 4
@@ -21,9 +22,11 @@ _FIXED_BYTES = 128 << 10  # what a transfer costs on top of its bytes: about 50 
 class Schedule:
     """What the lanes of one store share: the predicted order of accesses, sizes, budgets, and the plan made of them."""
 
-    def __init__(self, fixed_bytes: int = _FIXED_BYTES) -> None:
+    def __init__(self, fixed_bytes: int = _FIXED_BYTES, online: PolicyFactory = Shadowed) -> None:
+        self._online = online
         self.predictor = Predictor()
         self.predictor.on_trim = self._trimmed
+        self.predictor.on_erratic = self._unplan
         self.lanes: list[Lane] = []
         self.sizes: dict[str, int] = {}
         self.plan: Plan | None = None
@@ -33,9 +36,9 @@ class Schedule:
         self._extra = 0  # bytes left free for them since
         self._until_check = 0
 
-    def lane(self, online: Callable[[], Policy]) -> Lane:
+    def lane(self) -> Lane:
         """Return the policy of the next tier, fastest first."""
-        lane = Lane(self, len(self.lanes), online())
+        lane = Lane(self, len(self.lanes), self._online)
         self.lanes.append(lane)
         return lane
 
@@ -107,6 +110,10 @@ class Schedule:
         for lane in self.lanes:
             lane.sort_out()
 
+    def _unplan(self, key: str) -> None:
+        for lane in self.lanes:
+            lane.unplan(key)
+
     def _trimmed(self, cut: int) -> None:
         for lane in self.lanes:
             lane.trimmed(cut)
@@ -117,15 +124,18 @@ class Lane(Foresight):
 
     Present keys are of four kinds. Those that the plan keeps here leave last. Those in `_window`, which runs from the next
     access to as far as was looked ahead, are on their way to being used. Those `_spent` were used, or only pass through, and
-    leave first. All others are in the order of the online policy.
+    leave first. Those that no plan speaks of, because there is none or because their use depends on data, are left to an
+    online policy, which sees no others.
     """
 
-    def __init__(self, schedule: Schedule, level: int, online: Policy) -> None:
+    def __init__(self, schedule: Schedule, level: int, make_online: PolicyFactory) -> None:
         self.nbytes: int | None = None
         self._schedule = schedule
         self._level = level
-        self._online = online
-        self._present: dict[str, None] = {}
+        self._make_online = make_online
+        self._online = make_online()
+        self._unplanned: set[str] = set()  # what the online policy has
+        self._present: OrderedDict[str, None] = OrderedDict()  # by last use
         self._spent: OrderedDict[str, None] = OrderedDict()
         self._window: deque[tuple[str, int]] = deque()  # keys, each with its position in the history
         self._ahead: dict[str, int] = {}  # how often each key is in the window
@@ -136,12 +146,16 @@ class Lane(Foresight):
 
     def insert(self, key: str, nbytes: int) -> None:
         self._schedule.sizes[key] = nbytes
-        self._online.insert(key, nbytes)
         self._present[key] = None
+        if self._schedule.rest(key) is None:
+            self._unplanned.add(key)
+            self._online.insert(key, nbytes)
         self._sort(key)
 
     def access(self, key: str) -> None:
-        self._online.access(key)
+        self._present.move_to_end(key)
+        if key in self._unplanned:
+            self._online.access(key)
         if self._level == 0:
             self._schedule.seen(key)
         elif key in self._ahead and self._streams(key):
@@ -149,7 +163,9 @@ class Lane(Foresight):
             self._spent[key] = None
 
     def remove(self, key: str) -> None:
-        self._online.remove(key)
+        if key in self._unplanned:
+            self._unplanned.discard(key)
+            self._online.remove(key)
         del self._present[key]
         self._spent.pop(key, None)
         if key in self._ahead and key not in self._served:
@@ -164,25 +180,16 @@ class Lane(Foresight):
     # -- answers --------------------------------------------------------------------------------------------------
 
     def victims(self) -> Iterator[str]:
-        schedule = self._schedule
-        if schedule.plan is None:
-            yield from self._online.victims()
-            return
-        yield from reversed(self._spent)
-        ahead, spent = self._ahead, self._spent
-        yield from (key for key in self._online.victims() if key not in spent and key not in ahead and schedule.rest(key) is None)
-        streaming = dict.fromkeys(key for key, _ in reversed(self._window) if key in self._present and self._streams(key))
-        yield from streaming
-        kept = [key for key in self._online.victims() if key not in spent and key not in streaming]
-        yield from (key for key in reversed(kept) if schedule.rest(key) is not None or key in ahead)
+        yield from self.spare()
+        ahead = dict.fromkeys(key for key, _ in reversed(self._window) if key in self._present and key not in self._spent)
+        passing = [key for key in ahead if key in self._unplanned or self._streams(key)]
+        yield from passing
+        kept = [key for key in self._present if key not in self._spent and key not in self._unplanned and key not in passing]
+        yield from reversed(kept)
 
     def spare(self) -> Iterator[str]:
-        if self._schedule.plan is not None:
-            yield from reversed(self._spent)
-            ahead, spent = self._ahead, self._spent
-            for key in self._online.victims():
-                if key not in spent and key not in ahead and self._schedule.rest(key) is None:
-                    yield key
+        yield from reversed(self._spent)
+        yield from (key for key in self._online.victims() if key not in self._ahead)
 
     def wanted(self) -> str | None:
         schedule = self._schedule
@@ -220,10 +227,22 @@ class Lane(Foresight):
 
     def sort_out(self) -> None:
         """Another plan holds: sort every key anew."""
+        present, sizes = list(self._present), self._schedule.sizes
         self._spent.clear()
         self._forget_window()
-        for key in self._online.victims():
+        self._online = self._make_online()
+        self._unplanned = {key for key in present if self._schedule.rest(key) is None}
+        for key in present:
+            if key in self._unplanned:
+                self._online.insert(key, sizes[key])
             self._sort(key)
+
+    def unplan(self, key: str) -> None:
+        """No plan speaks of `key` any more: its use depends on data."""
+        self._spent.pop(key, None)
+        if key in self._present and key not in self._unplanned:
+            self._unplanned.add(key)
+            self._online.insert(key, self._schedule.sizes[key])
 
     def trimmed(self, cut: int) -> None:
         """The history lost its first `cut` positions."""

@@ -1,14 +1,18 @@
-"""Eviction policies: they see events and answer with keys, never with tensors, so the same class runs in a replay."""
+"""The contract of eviction policies: they see events and answer with keys, so the same class runs in a store and in a replay."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 
 class Policy(ABC):
     """Orders the keys of one tier by how soon they should leave it.
+
+    Every use of a key is told exactly once, by `access`: in the fastest tier by whoever asked for it, in others by the tier
+    above. Where the use brought the key in, `insert` comes first and `access` right after it; a prefetch is an `insert` alone.
+    A policy only orders: nothing is refused admission, so what it would not have admitted is its first victim. It is not told
+    the tier's size; one that needs it takes the most bytes it saw at once.
 
     Called under the store's lock; an instance belongs to one tier.
     """
@@ -19,10 +23,7 @@ class Policy(ABC):
 
     @abstractmethod
     def access(self, key: str) -> None:
-        """`key`, which is in the tier, is used: in the fastest tier by whoever asked for it, in others by the tier above.
-
-        Each use is told once; one that brought the key in, right after `insert`.
-        """
+        """`key`, which is in the tier, is used."""
 
     @abstractmethod
     def remove(self, key: str) -> None:
@@ -47,26 +48,6 @@ class Foresight(Policy):
     @abstractmethod
     def budget(self, nbytes: int | None) -> None:
         """Take note of the tier's budget; told before anything else and on each change."""
-
-
-class LRU(Policy):
-    """Evicts the key whose last use is longest ago."""
-
-    def __init__(self) -> None:
-        self._order: OrderedDict[str, None] = OrderedDict()
-
-    def insert(self, key: str, nbytes: int) -> None:
-        self._order[key] = None
-        self._order.move_to_end(key)
-
-    def access(self, key: str) -> None:
-        self._order.move_to_end(key)
-
-    def remove(self, key: str) -> None:
-        del self._order[key]
-
-    def victims(self) -> Iterator[str]:
-        return iter(self._order)
 
 
 PolicyFactory = Callable[[], Policy]

@@ -27,6 +27,7 @@ class Predictor:
         self.pointer: int | None = None
         self.matched = 0  # how many accesses in a row were expected
         self.erratic: set[str] = set()
+        self.on_erratic: Callable[[str], None] | None = None  # told which key was found to be erratic
         self._limit = limit
         self._previous: list[int] = []  # where the key at the same position of `history` occurred before; -1: nowhere
         self._latest: dict[str, int] = {}
@@ -122,8 +123,10 @@ class Predictor:
     def _failed(self, key: str) -> None:
         """Count a wrong guess; a key with many for its number of accesses is erratic."""
         failures = self._failures[key] = self._failures.get(key, 0) + 1
-        if failures >= _ERRATIC_FAILURES and 3 * failures > self._uses(key):
+        if key not in self.erratic and failures >= _ERRATIC_FAILURES and 3 * failures > self._uses(key):
             self.erratic.add(key)
+            if self.on_erratic is not None:
+                self.on_erratic(key)
 
     def _uses(self, key: str) -> int:
         count, position = 0, self._latest.get(key, -1)

@@ -1,0 +1,350 @@
+"""Every eviction policy keeps the contract, and does what it is for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tierstore.planning.classic import FIFO, LRU, MRU
+from tierstore.planning.frequency import Frequencies, TinyLFU
+from tierstore.planning.names import policy_factory
+from tierstore.planning.offline import Belady
+from tierstore.planning.policy import Policy
+from tierstore.planning.recorder import Recorder
+from tierstore.planning.replay import Simulation, replay
+from tierstore.planning.segment import Segment
+from tierstore.planning.shadow import Shadow, Shadowed
+from tierstore.testing import check_policy
+
+
+def random_keys(length: int = 3000) -> list[str]:
+    rng = random.Random(1)
+    return [f"key {rng.randrange(24)}" for _ in range(length)]
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "lru": LRU,
+    "fifo": FIFO,
+    "mru": MRU,
+    "tinylfu": TinyLFU,
+    "shadowed": Shadowed,
+    "shadowed, short": lambda: Shadowed((TinyLFU, FIFO, MRU), window=16),
+    "belady": lambda: Belady(random_keys()),
+    "belady, unexpected": lambda: Belady(["other"] * 5),
+    "recorder": lambda: Recorder(TinyLFU()),
+}
+
+
+def insert(policy: Policy, keys: str, nbytes: int = 1) -> None:
+    for key in keys:
+        policy.insert(key, nbytes)
+
+
+def access(policy: Policy, keys: str) -> None:
+    for key in keys:
+        policy.access(key)
+
+
+def use(policy: Policy, keys: str, nbytes: int = 1) -> None:
+    """Bring in and use one key after the other, as demand fetching does."""
+    for key in keys:
+        policy.insert(key, nbytes)
+        policy.access(key)
+
+
+def order(policy: Policy) -> str:
+    return "".join(policy.victims())
+
+
+def numbered(name: str, count: int) -> list[str]:
+    return [f"{name}{i}" for i in range(count)]
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
+def test_the_contract(make: Callable[[], Policy], seed: int) -> None:
+    check_policy(make, events=800, seed=seed)
+
+
+@pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
+def test_entries_without_bytes(make: Callable[[], Policy]) -> None:
+    policy = make()
+    use(policy, "abc", nbytes=0)
+    insert(policy, "a", nbytes=0)
+    assert sorted(order(policy)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
+def test_a_value_may_change_its_size(make: Callable[[], Policy]) -> None:
+    policy, rng = make(), random.Random(0)
+    for _ in range(300):
+        use(policy, rng.choice("abcdef"), nbytes=rng.randrange(100))
+    assert sorted(order(policy)) == list("abcdef")
+    for key in "abcdef":
+        policy.remove(key)
+    assert order(policy) == ""
+
+
+@pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
+def test_a_long_run_inside_a_tier(make: Callable[[], Policy]) -> None:
+    rng, tier = random.Random(2), Simulation(make(), 60)
+    sizes = {f"key {i}": rng.randrange(1, 20) for i in range(24)}
+    hits = [tier.use(key, sizes[key]) for key in random_keys()]
+    assert 0.1 < sum(hits) / len(hits) < 0.6  # nobody hits often in a quarter of the bytes, nobody never
+
+
+# -- by name ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kind"), [("lru", LRU), ("fifo", FIFO), ("mru", MRU), ("tinylfu", TinyLFU)])
+def test_names(name: str, kind: type[Policy]) -> None:
+    make = policy_factory(name)
+    assert type(make()) is kind
+    assert make() is not make()
+
+
+# -- FIFO, MRU --------------------------------------------------------------------------------------------------------
+
+
+def test_fifo_ignores_uses_and_new_values() -> None:
+    policy = FIFO()
+    use(policy, "abc")
+    access(policy, "ab")
+    insert(policy, "a", nbytes=2)
+    assert order(policy) == "abc"
+    policy.remove("a")
+    use(policy, "a")
+    assert order(policy) == "bca"
+
+
+def test_mru_evicts_what_was_just_used() -> None:
+    policy = MRU()
+    use(policy, "abc")
+    assert order(policy) == "cba"
+    access(policy, "a")
+    assert order(policy) == "acb"
+
+
+def test_mru_keeps_what_was_fetched_ahead() -> None:
+    policy = MRU()
+    use(policy, "ab")
+    insert(policy, "xy")
+    assert order(policy) == "baxy"
+    access(policy, "x")
+    assert order(policy) == "xbay"
+
+
+# -- W-TinyLFU --------------------------------------------------------------------------------------------------------
+
+
+def test_segments_count_their_bytes() -> None:
+    segment = Segment()
+    for key, nbytes in (("a", 5), ("b", 7), ("a", 2)):
+        segment.put(key, nbytes)
+    assert (segment.nbytes, list(segment), segment.oldest, segment["a"], len(segment)) == (9, ["b", "a"], "b", 2, 2)
+    segment.touch("b")
+    assert segment.pop_oldest() == ("a", 2)
+    assert segment.pop("b") == 7
+    assert (segment.nbytes, "b" in segment) == (0, False)
+
+
+def test_tinylfu_lets_a_scan_pass_by() -> None:
+    tier = Simulation(TinyLFU(), 12)
+    hot = numbered("hot", 8)
+    for key in hot * 3 + numbered("scanned", 100):
+        tier.use(key, 1)
+    assert [tier.use(key, 1) for key in hot] == [True] * 8
+
+
+def test_tinylfu_evicts_the_less_used_of_the_two_oldest() -> None:
+    policy = TinyLFU()
+    use(policy, "abcd")  # one key fits the window: d; a, b, c are in probation
+    assert order(policy) == "dabc"
+    access(policy, "d")
+    assert order(policy) == "abcd"
+    access(policy, "d")
+    policy.remove("a")
+    use(policy, "e")  # pushes d into the main part
+    assert order(policy) == "ebcd"
+
+
+def test_tinylfu_remembers_uses_of_what_has_left() -> None:
+    policy = TinyLFU()
+    use(policy, "abcd")
+    access(policy, "d")
+    policy.remove("d")
+    use(policy, "d")
+    assert order(policy) == "abcd"
+
+
+def test_tinylfu_protects_what_is_used_again() -> None:
+    policy = TinyLFU()
+    use(policy, "abcdefghij")
+    access(policy, "abc")
+    assert order(policy) == "jdefghiabc"
+    access(policy, "defghi")  # nine are more than 80 % of ten: the oldest of them falls back
+    assert order(policy) == "jabcdefghi"
+    access(policy, "a")
+    assert order(policy) == "jbcdefghia"
+
+
+def test_tinylfu_keeps_a_part_of_a_cycle_of_unequal_keys() -> None:
+    """A window smaller than the largest key would make room for each large one from the main part: no hit, ever."""
+    sizes = {f"{layer}.{name}": nbytes for layer in range(20) for name, nbytes in (("norm", 1), ("q", 32), ("k", 16), ("mlp", 64))}
+    total = sum(sizes.values())
+    assert replay(list(sizes) * 20, sizes, total // 2, TinyLFU()).bytes < 0.6 * 20 * total
+
+
+def test_tinylfu_learns_new_habits() -> None:
+    tier = Simulation(TinyLFU(), 10)
+    old, new = numbered("old", 8), numbered("new", 8)
+    for key in old * 200 + new * 60:
+        tier.use(key, 1)
+    assert [tier.use(key, 1) for key in new] == [True] * 8
+
+
+def test_frequencies_are_halved_and_bounded() -> None:
+    counts = Frequencies()
+    for i in range(20_000):
+        counts.add("often", most_keys=4)
+        counts.add(f"once {i}", most_keys=4)
+    assert len(counts) < 1000
+    assert 10 < counts["often"] < 1000
+    assert counts["once 3"] == counts["never"] == 0
+
+
+# -- shadows ----------------------------------------------------------------------------------------------------------
+
+
+def drifting(steps: int) -> list[str]:
+    """Each key is used four times within a short while and never again."""
+    return [f"step{i - back}" for i in range(3, steps) for back in range(4)]
+
+
+def run(policy: Policy, trace: list[str], capacity: int) -> int:
+    return replay(trace, dict.fromkeys(trace, 1), capacity, policy).bytes
+
+
+CYCLE = numbered("layer", 30) * 20
+PHASES = [CYCLE, drifting(400), CYCLE + drifting(400) + CYCLE]
+
+
+@pytest.mark.parametrize("trace", PHASES, ids=["cycle", "drift", "phases"])
+def test_shadowed_is_about_as_good_as_the_better_one(trace: list[str]) -> None:
+    best = min(run(LRU(), trace, 12), run(TinyLFU(), trace, 12))
+    assert run(Shadowed(window=200), trace, 12) < 1.15 * best
+
+
+def test_shadowed_follows_what_fits_the_moment() -> None:
+    policy = Shadowed(window=200)
+    tier, kinds = Simulation(policy, 12), []
+    for phase in (drifting(100), CYCLE, drifting(400)):
+        for key in phase:
+            tier.use(key, 1)
+        kinds.append(type(policy.followed))
+    assert kinds == [LRU, TinyLFU, LRU]
+
+
+def test_shadowed_stays_where_others_are_hardly_better() -> None:
+    """Half of the time LRU is slightly better, half of the time FIFO: neither is worth a switch."""
+    policy, rng = Shadowed((LRU, FIFO), window=100), random.Random(0)
+    tier, switches = Simulation(policy, 20), 0
+    for _ in range(5000):
+        before = policy.followed
+        tier.use(f"any{rng.randrange(25)}", 1)
+        switches += policy.followed is not before
+    assert switches < 60, "without a margin it switches hundreds of times"
+
+
+class BySize(Policy):
+    """Evicts the smallest key first, or (`sign` = -1) the largest."""
+
+    def __init__(self, sign: int) -> None:
+        self._sign = sign
+        self._sizes: dict[str, int] = {}
+
+    def insert(self, key: str, nbytes: int) -> None:
+        self._sizes[key] = nbytes
+
+    def access(self, key: str) -> None:
+        pass
+
+    def remove(self, key: str) -> None:
+        del self._sizes[key]
+
+    def victims(self) -> Iterator[str]:
+        return iter(sorted(self._sizes, key=lambda key: self._sign * self._sizes[key]))
+
+
+def test_shadows_count_bytes_and_not_misses() -> None:
+    sizes = {"big": 10, **dict.fromkeys("abcde", 1)}
+    trace = list(sizes) * 20
+    keeps_big, keeps_small = (replay(trace, sizes, 12, BySize(sign)) for sign in (1, -1))
+    assert keeps_big.bytes < keeps_small.bytes
+    assert keeps_big.misses > keeps_small.misses
+    policy = Shadowed((lambda: BySize(-1), lambda: BySize(1)), window=30)
+    assert replay(trace, sizes, 12, policy).bytes < 0.75 * keeps_small.bytes
+
+
+def test_a_shadow_forgets_misses_beyond_its_window() -> None:
+    shadow = Shadow(LRU(), window=3)
+    for key in "abcab":
+        shadow.use(key, 10, capacity=30)
+    assert shadow.missed == 10
+    shadow.use("c", 10, capacity=30)
+    assert shadow.missed == 0
+
+
+def test_a_shadow_grows_with_what_is_learnt() -> None:
+    shadow = Shadow(LRU(), window=100)
+    for capacity, missed in ((1, 2), (2, 3), (2, 3)):
+        for key in "ab":
+            shadow.use(key, 1, capacity)
+        assert shadow.missed == missed
+
+
+# -- Belady -----------------------------------------------------------------------------------------------------------
+
+
+def test_belady_evicts_what_is_used_last_of_all() -> None:
+    policy = Belady("abcd" + "bcab")
+    use(policy, "abcd")
+    assert order(policy) == "dacb"
+    access(policy, "bc")
+    assert order(policy) == "cdba"
+
+
+def test_belady_knows_that_what_came_in_is_used_at_once() -> None:
+    policy = Belady("abxab")
+    use(policy, "ab")
+    insert(policy, "x")
+    assert order(policy) == "bax"
+    access(policy, "x")
+    assert order(policy) == "xba"
+
+
+def test_belady_forgets_outdated_entries() -> None:
+    trace = numbered("layer", 50) * 40
+    policy = Belady(trace)
+    run(policy, trace, 25)
+    assert len(policy._heap) <= 2 * 25 + 8
+
+
+# -- recorder ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_recorder_writes_down_uses_and_sizes() -> None:
+    policy = Recorder(MRU())
+    use(policy, "ab", nbytes=3)
+    access(policy, "a")
+    insert(policy, "p", nbytes=4)  # a prefetch is not a use
+    policy.remove("b")
+    use(policy, "b", nbytes=5)
+    assert "".join(policy.trace) == "abab"
+    assert policy.sizes == {"a": 3, "p": 4, "b": 5}
+    assert order(policy) == "bap"
