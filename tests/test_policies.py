@@ -186,11 +186,20 @@ def test_tinylfu_protects_what_is_used_again() -> None:
     policy = TinyLFU()
     use(policy, "abcdefghij")
     access(policy, "abc")
-    assert order(policy) == "jdefghiabc"
-    access(policy, "defghi")  # nine are more than 80 % of ten: the oldest of them falls back
-    assert order(policy) == "jabcdefghi"
+    policy.remove("d")
+    use(policy, "k")  # pushes j into the main part, behind the others that were used once
+    assert order(policy) == "kefghijabc"
     access(policy, "a")
-    assert order(policy) == "jbcdefghia"
+    assert order(policy) == "kefghijbca"
+
+
+def test_tinylfu_protects_four_fifths() -> None:
+    policy = TinyLFU()
+    use(policy, "abcdefghij")
+    access(policy, "abcdefghi")  # nine are more than 80 % of ten: the oldest falls back into probation
+    policy.remove("b")
+    use(policy, "k")
+    assert order(policy) == "kajcdefghi"
 
 
 def test_tinylfu_keeps_a_part_of_a_cycle_of_unequal_keys() -> None:
@@ -333,6 +342,9 @@ def test_belady_forgets_outdated_entries() -> None:
     policy = Belady(trace)
     run(policy, trace, 25)
     assert len(policy._heap) <= 2 * 25 + 8
+    for key in random.Random(0).sample(list(policy.victims()), 25):
+        assert policy._heap[0][1] == next(policy.victims()), "the first victim is found at once"
+        policy.remove(key)
 
 
 # -- recorder ---------------------------------------------------------------------------------------------------------
