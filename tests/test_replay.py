@@ -18,7 +18,7 @@ from tierstore.planning.frequency import TinyLFU
 from tierstore.planning.offline import Belady, lower_bound
 from tierstore.planning.policy import Policy
 from tierstore.planning.recorder import Recorder
-from tierstore.planning.replay import Replay, replay
+from tierstore.planning.replay import Replay, Simulation, replay
 from tierstore.planning.shadow import Shadowed
 from tierstore.testing import DictBackend
 
@@ -56,6 +56,20 @@ def test_a_replay_tells_the_events_in_the_order_of_the_contract() -> None:
     assert spy.told == [
         "insert a 2", "access a", "insert b 3", "access b", "access a", "remove a", "remove b", "insert c 4", "access c",
     ]  # fmt: skip
+
+
+def test_another_size_is_another_value() -> None:
+    tier = Simulation(LRU(), 5)
+    assert [tier.use("a", nbytes) for nbytes in (2, 2, 4, 4, 2)] == [False, True, False, True, False]
+    assert [tier.use(key, 3) for key in "bab"] == [False, False, False]
+
+
+def test_a_simulated_tier_only_grows() -> None:
+    tier = Simulation(LRU(), 2)
+    tier.grow(1)
+    assert [tier.use(key, 1) for key in "abab"] == [False, False, True, True]
+    tier.grow(3)
+    assert [tier.use(key, 1) for key in "cabc"] == [False, True, True, True]
 
 
 def test_an_empty_trace_costs_nothing() -> None:
@@ -161,9 +175,8 @@ def test_belady_is_the_optimum_for_equal_sizes(problem: tuple[str, dict[str, int
 def test_belady_is_not_the_optimum_for_unequal_sizes() -> None:
     """Why there is a bound besides: the farthest may be small and cheap to keep."""
     trace, sizes = "abcba", {"a": 1, "b": 3, "c": 2}
-    assert optimum(trace, sizes, 4) < replay(trace, sizes, 4, Belady(trace)).bytes or any(
-        optimum(t, sizes, 4) < replay(t, sizes, 4, Belady(t)).bytes for t in map("".join, product("abc", repeat=6))
-    )
+    assert lower_bound(trace, sizes, 4) <= optimum(trace, sizes, 4) == 9
+    assert replay(trace, sizes, 4, Belady(trace)).bytes == 10
 
 
 def test_first_uses_and_whole_passes_are_in_the_bound() -> None:
@@ -197,7 +210,7 @@ def test_on_a_cycle_lru_never_hits_and_mru_is_the_optimum(capacity: int) -> None
     best = replay(trace, sizes, capacity, Belady(trace))
     assert replay(trace, sizes, capacity, MRU()) == best
     assert best.misses == n + n * (n - capacity)  # after the first pass 39 more, at n (n - c) / (n - 1) each
-    assert replay(trace, sizes, capacity, TinyLFU()).bytes < 1.25 * best.bytes or capacity == 39
+    assert replay(trace, sizes, capacity, TinyLFU()).bytes < 1.1 * best.bytes + n
 
 
 def diffusion(loop: int) -> list[str]:

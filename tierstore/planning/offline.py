@@ -100,12 +100,9 @@ def lower_bound(trace: Sequence[str], sizes: Mapping[str, int], capacity: int) -
         reused = held.pop(key, 0)
         missed += sizes[key] - reused
         total -= reused
-        after = future.next_use(key, time + 1)
-        if after == future.never:
-            continue
         held[key] = sizes[key]
         total += sizes[key]
-        heappush(farthest, (-after, key))
+        heappush(farthest, (-future.next_use(key, time + 1), key))
         while total > capacity:
             last = farthest[0][1]
             dropped = min(held[last], total - capacity)

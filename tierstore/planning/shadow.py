@@ -11,7 +11,7 @@ from tierstore.planning.policy import Policy, PolicyFactory
 from tierstore.planning.replay import Simulation
 from tierstore.planning.segment import Segment
 
-MARGIN = 0.9  # of the bytes that the followed policy missed: another one is followed once it missed less than this
+MARGIN = 0.85  # of the bytes that the followed policy missed: another one is followed once it missed less than this
 
 
 class Shadow:
