@@ -15,7 +15,7 @@ class Plan:
     """Where entries rest while a trace repeats, and what that costs each time.
 
     `rest`: key -> level of the tier it stays in, for every key of the trace; a key of the last level streams through the
-    faster ones each time it is used. `ring_bytes`: per level but the last, what is left for streaming. `order`: per level
+    faster ones each time it is used. `ring_bytes`: per level but the last, what streaming needs there. `order`: per level
     but the last, the keys that are fetched into it, in order of use, once for each use. `link_bytes`: per level but the last,
     bytes that come into it from below in one repetition. `seconds`: the least time that one repetition can take, None
     without bandwidths.
@@ -55,12 +55,10 @@ def plan(
     last = len(budgets) - 1
     for level in range(last):
         streamed = [(key, duration) for key, duration in zip(trace, durations, strict=True) if key not in rest]
-        # two links in a row jostle each other: one slot more between them keeps both busy
-        chosen = _choose(streamed, sizes, budgets[level], fixed_bytes, 2 if level == 0 else 3)
+        slots = 2 if level == 0 else 3  # two links in a row jostle each other: one slot more between them keeps both busy
+        chosen = _choose(streamed, sizes, budgets[level], fixed_bytes, slots)
         rest |= dict.fromkeys(chosen, level)
-        budget = budgets[level]
-        used = sum(sizes[key] for key in chosen)
-        rings.append(0 if budget is None else budget - used)
+        rings.append(ring_for(streamed, sizes, chosen, slots))
         orders.append(tuple(key for key, _ in streamed if key not in chosen))
     rest |= {key: last for key in trace if key not in rest}
     link_bytes = tuple(sum(sizes[key] for key in order) for order in orders)

@@ -15,6 +15,7 @@ from tierstore.planning.shadow import Shadowed
 
 _ENOUGH = 32  # expected accesses in a row after which a repetition is believed; fewer if all of it is shorter
 _FEWEST = 4
+_SOME = 8  # the same for fetching ahead
 _BETTER = 0.98  # a new plan replaces one that moves at least this much less
 _FIXED_BYTES = 128 << 10  # what a transfer costs on top of its bytes: about 50 microseconds at 2.5 GB/s
 
@@ -73,7 +74,7 @@ class Schedule:
 
     def _consider(self, period: int) -> None:
         """Make a plan for the repetition at hand, and follow it if it moves less than the present one does."""
-        if self.predictor.matched < max(_FEWEST, min(period, _ENOUGH)):
+        if self.predictor.matched < _FEWEST or not self.predictor.sure(_ENOUGH):
             return
         squeezed = bool(self._squeezed)
         self._considered, self._until_check = period, period
@@ -180,7 +181,8 @@ class Lane(Foresight):
     # -- answers --------------------------------------------------------------------------------------------------
 
     def victims(self) -> Iterator[str]:
-        yield from self.spare()
+        yield from reversed(self._spent)
+        yield from (key for key in self._online.victims() if key not in self._ahead)
         ahead = dict.fromkeys(key for key, _ in reversed(self._window) if key in self._present and key not in self._spent)
         passing = [key for key in ahead if key in self._unplanned or self._streams(key)]
         yield from passing
@@ -189,12 +191,22 @@ class Lane(Foresight):
 
     def spare(self) -> Iterator[str]:
         yield from reversed(self._spent)
-        yield from (key for key in self._online.victims() if key not in self._ahead)
+        schedule = self._schedule
+        if schedule.plan is None:
+            return
+        sizes = schedule.sizes
+        streaming = sum(sizes[key] for key in self._ahead if key in self._present and self._streams(key))
+        for key in self._online.victims():
+            if streaming >= schedule.plan.ring_bytes[self._level]:  # the rest of the tier is not for streaming
+                return
+            if key not in self._ahead:
+                streaming += sizes[key]
+                yield key
 
     def wanted(self) -> str | None:
         schedule = self._schedule
         predictor = schedule.predictor
-        if schedule.plan is None or predictor.pointer is None or self._frontier is None:
+        if schedule.plan is None or self._frontier is None or not predictor.sure(_SOME):
             return None
         history, erratic = predictor.history, predictor.erratic
         while self._frontier + 1 < len(history):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 _CONTEXT = 32  # how many accesses before two occurrences of a key are compared to choose between them
 _CANDIDATES = 32  # how many occurrences are compared
-_ERRATIC_FAILURES = 4
+_ERRATIC_FAILURES = 3
 _SHORT_RUN = 48  # guesses right in a row; a longer run that ends is a change of phase, not a key that depends on data
 
 
@@ -32,12 +33,26 @@ class Predictor:
         self._previous: list[int] = []  # where the key at the same position of `history` occurred before; -1: nowhere
         self._latest: dict[str, int] = {}
         self._failures: dict[str, int] = {}
+        self._failed_at: deque[int] = deque(maxlen=64)  # at which accesses guesses failed
+        self._seen = 0
         self.on_trim: Callable[[int], None] | None = None  # told how many positions were cut off at the front
 
     @property
     def period(self) -> int | None:
         """How many accesses ago the present happened last; None while nothing repeats."""
         return None if self.pointer is None else len(self.history) - 1 - self.pointer
+
+    def sure(self, enough: int) -> bool:
+        """True if the last guesses were right: all of a period, or `enough`, and as many again for each that failed lately."""
+        if self.pointer is None:
+            return False
+        period = len(self.history) - 1 - self.pointer
+        if self.matched >= period:
+            return True
+        since = self._seen - period
+        while self._failed_at and self._failed_at[0] < since:
+            self._failed_at.popleft()
+        return self.matched >= enough * (1 + len(self._failed_at))
 
     def cycle(self) -> Sequence[str]:
         """Return the accesses expected until the present comes again, erratic keys left out."""
@@ -51,6 +66,7 @@ class Predictor:
         """Record an access and say whether it was the expected one."""
         if key in self.erratic:
             return True
+        self._seen += 1
         expected = self._expected()
         before = self._latest.get(key, -1)
         self._append(key, before)
@@ -59,6 +75,8 @@ class Predictor:
             self.pointer += 1
             self.matched += 1
             return True
+        if expected is not None:
+            self._failed_at.append(self._seen)
         if expected is not None and before >= 0 and self.matched < _SHORT_RUN:  # a key never seen before says nothing of either
             self._failed(expected)
             self._failed(key)
