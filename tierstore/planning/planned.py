@@ -68,9 +68,10 @@ class Schedule:
         if self.plan is not None:
             self._adopt(None)
 
-    def squeezed(self, nbytes: int) -> None:
-        """An entry that the plan keeps had to leave: streaming and computing need more room than the plan left."""
-        self._squeezed += nbytes
+    def squeezed(self, nbytes: int, *, by_plan: bool) -> None:
+        """Entries of `nbytes` that the plan keeps had to leave: for others of the plan, it left too little room for them."""
+        if by_plan:
+            self._squeezed += nbytes
 
     def _consider(self, period: int) -> None:
         """Make a plan for the repetition at hand, and follow it if it moves less than the present one does."""
@@ -140,6 +141,7 @@ class Lane(Foresight):
         self._spent: OrderedDict[str, None] = OrderedDict()
         self._window: deque[tuple[str, int]] = deque()  # keys, each with its position in the history
         self._ahead: dict[str, int] = {}  # how often each key is in the window
+        self._squeezed_out = 0  # bytes of kept entries that left since the last one entered
         self._served: set[str] = set()  # in the window and already copied to the tier above
         self._frontier: int | None = None  # position in the history up to which the window reaches
 
@@ -148,7 +150,10 @@ class Lane(Foresight):
     def insert(self, key: str, nbytes: int) -> None:
         self._schedule.sizes[key] = nbytes
         self._present[key] = None
-        if self._schedule.rest(key) is None:
+        planned = self._schedule.rest(key) is not None
+        self._schedule.squeezed(self._squeezed_out, by_plan=planned)
+        self._squeezed_out = 0
+        if not planned:
             self._unplanned.add(key)
             self._online.insert(key, nbytes)
         self._sort(key)
@@ -172,7 +177,7 @@ class Lane(Foresight):
         if key in self._ahead and key not in self._served:
             self._look_back(key)
         if self._level == 0 and self._schedule.rest(key) == 0:
-            self._schedule.squeezed(self._schedule.sizes[key])
+            self._squeezed_out += self._schedule.sizes[key]
 
     def budget(self, nbytes: int | None) -> None:
         self.nbytes = nbytes
