@@ -51,7 +51,10 @@ class Leasing(Flights):
         return True
 
     def lease_resident(self, entry: Entry, headroom: int) -> bool:
-        """Lease an entry if that takes no move and leaves `headroom` bytes free of leases: the short way of `acquire`."""
+        """Lease an entry if that takes no move and leaves `headroom` bytes free of leases: the short way of `acquire`.
+
+        It fetches nothing ahead; call `pump` when the lease is given back.
+        """
         if entry.busy or 0 not in entry.tiers:
             return False
         if entry.leases == 0:
@@ -64,7 +67,6 @@ class Leasing(Flights):
         self._held[me] = self._held.get(me, 0) + entry.nbytes
         self.counters.hits += 1
         self.tiers[0].policy.access(entry.key)
-        self.pump()
         return True
 
     def _try_acquire(self, wanted: list[Entry], headroom: int) -> bool:

@@ -236,3 +236,4 @@ def _release(held: dict[Host, list[Entry]]) -> None:
         moves = host.store.moves
         with moves.lock:
             moves.release(entries)
+            moves.pump()

@@ -123,6 +123,7 @@ class Frame:
                     plain._tiered._source.forget_snapshot()
                     moves.outdate(entry)
             moves.release(self._entries)
+            moves.pump()
 
 
 def _entry_behind(value: TieredTensor) -> Entry | None:

@@ -29,6 +29,7 @@ class Schedule:
         self.predictor.on_trim = self._trimmed
         self.predictor.on_erratic = self._unplan
         self.lanes: list[Lane] = []
+        self._upper: list[Lane] = []  # all but the slowest, into which nothing is fetched
         self.sizes: dict[str, int] = {}
         self.plan: Plan | None = None
         self._fixed_bytes = fixed_bytes
@@ -40,6 +41,7 @@ class Schedule:
     def lane(self) -> Lane:
         """Return the policy of the next tier, fastest first."""
         lane = Lane(self, len(self.lanes), self._online)
+        self._upper = list(self.lanes)
         self.lanes.append(lane)
         return lane
 
@@ -49,7 +51,7 @@ class Schedule:
         expected = predictor.see(key)
         if not expected:
             self._considered = None
-        for lane in self.lanes:
+        for lane in self._upper:
             lane.passed(key, expected=expected)
         if expected:
             self._until_check -= 1
