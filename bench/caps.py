@@ -2,6 +2,7 @@
 
 import os
 import resource
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -82,6 +83,11 @@ class Cgroup(Cap):
             (self.folder / self._peak_file).write_text("0")
 
     def close(self) -> None:
+        for _ in range(100):  # a process that has been killed may take a moment to leave
+            with suppress(OSError):
+                self.folder.rmdir()
+                return
+            time.sleep(0.05)
         self.folder.rmdir()
 
 

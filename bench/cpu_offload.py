@@ -28,86 +28,25 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from offload_children import Child, Fate, allowance_of, available_bytes, forget_pages, once, refuse_missing, start, survives
 from offload_contenders import CONTENDERS, Task
 from offload_model import Shape
+from offload_rows import TABLES, Row
 from raw_read import RawReader
 from rich.console import Console
-from rich.table import Table
 
 from tierstore import format_size, parse_size
 
 FIRST_WARM_UPS, LATER_WARM_UPS = 2, 1
-
-
-@dataclass
-class Row:
-    """What was measured for one budget and one number of tokens."""
-
-    percent: int
-    tokens: int
-    budget: int
-    touched: int
-    digest: str
-    raw: list[float] = field(default_factory=list)
-    passes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    fates: dict[str, str] = field(default_factory=dict)
-    peaks: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    @property
-    def missing(self) -> int:
-        """Bytes that a pass must read, whatever was kept: transfer volume's lower bound."""
-        return max(0, self.touched - self.budget)
-
-    @property
-    def plain(self) -> float:
-        return self.seconds("plain")
-
-    @property
-    def disk(self) -> float:
-        return self.missing / statistics.median(self.raw)
-
-    @property
-    def bound(self) -> float:
-        return max(self.plain, self.disk)
-
-    def seconds(self, name: str) -> float:
-        return statistics.median(told["seconds"] for told in self.passes[name])
-
-    def ratio(self, name: str, base: str) -> str:
-        """Return how many times as long as `base` a contender takes."""
-        if any(who in self.fates or not self.passes.get(who) for who in (name, base)):
-            return "-"
-        return f"{self.seconds(name) / self.seconds(base):.2f}"
-
-    def cell(self, name: str) -> str:
-        """Return a contender's median time over the bound, marked if any output was not that of plain; or why there is none."""
-        if name in self.fates:
-            return self.fates[name]
-        wrong = any(told["digest"] != self.digest for told in self.passes[name])
-        return f"{self.seconds(name) / self.bound:.2f}{' WRONG' if wrong else ''}"
-
-    def read_cell(self, name: str) -> str:
-        if name in self.fates:
-            return self.fates[name]
-        return gib(statistics.median(told["read"] for told in self.passes[name]))
-
-    def peak_cell(self, name: str) -> str:
-        return " / ".join(gib(size) for size in self.peaks[name]) if name in self.peaks else self.fates.get(name, "-")
-
-
-def gib(size: float) -> str:
-    return f"{size / (1 << 30):.2f}"
 
 
 class Bench:
@@ -166,6 +105,8 @@ class Bench:
                 try:
                     child.answer()
                 except Fate as fate:
+                    if name == "plain":
+                        raise
                     fates[name] = self.note(name, fate, f"{when}, setting up")
                     del living[name]
             forget_pages(self.place)
@@ -257,47 +198,17 @@ def turned(names: list[str], number: int) -> list[str]:
 # -- what is printed ----------------------------------------------------------------------------------------------------
 
 
-def new_table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column.replace("-", "-\n"), justify="right")
-    return table
-
-
-def time_table(rows: list[Row], names: list[str]) -> Table:
-    columns = ["budget", "tokens", "plain s", "disk GB/s", "missing GiB", "disk s", "bound s", *names]
-    columns += ["tierstore / accelerate-disk", "tierstore / accelerate-max"]
-    table = new_table("time of a pass / bound", columns)
-    for row in rows:
-        speed = statistics.median(row.raw) / 1e9
-        head = [f"{row.percent} %", str(row.tokens), f"{row.plain:.3f}", f"{speed:.2f}", gib(row.missing), f"{row.disk:.3f}"]
-        against = [row.ratio("tierstore", base) for base in ("accelerate-disk", "accelerate-max")]
-        table.add_row(*head, f"{row.bound:.3f}", *(row.cell(name) for name in names), *against)
-    return table
-
-
-def read_table(rows: list[Row], names: list[str]) -> Table:
-    table = new_table("GiB read from the disk in a pass", ["budget", "tokens", "missing", *names])
-    for row in rows:
-        table.add_row(f"{row.percent} %", str(row.tokens), gib(row.missing), *(row.read_cell(name) for name in names))
-    return table
-
-
-def peak_table(rows: list[Row], names: list[str]) -> Table:
-    table = new_table("peak of the cgroup in GiB, page cache included / of it anonymous", ["budget", "tokens", "budget GiB", *names])
-    for row in rows:
-        table.add_row(f"{row.percent} %", str(row.tokens), gib(row.budget), *(row.peak_cell(name) for name in names))
-    return table
-
-
 def show(bench: Bench) -> None:
     contenders = [name for name in bench.names if name != "plain"]
-    for make in (time_table, read_table, peak_table):
+    for make in TABLES:
         bench.console.print(make(bench.rows, contenders))
     shape = bench.shape
     bench.console.print(f"{format_size(shape.bytes)} of bfloat16 weights: {shape.layers} layers of width {shape.width}")
     warm_ups = f"{FIRST_WARM_UPS} warm-up passes at the first number of tokens of a budget, {LATER_WARM_UPS} at each other"
     bench.console.print(f"medians of {bench.options.rounds} rounds, after {warm_ups}")
+    for row in bench.rows:
+        if row.disturbance:
+            bench.console.print(row.disturbance, style="red")
     allowed = ", ".join(f"{family} {format_size(size)}" for family, size in bench.allowances.items())
     bench.console.print(f"cap = budget + allowance: {allowed}")
     for note in bench.notes:
@@ -318,10 +229,18 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def leave(number: int, frame: object) -> None:
+    """Exit with all clean-up; a second signal, as a process group often gets, must not break that off."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> int:
     options = parse_options()
     console = Console(width=200, highlight=False)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that files and cgroups are removed then, too
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="cpu-offload-", dir=options.scratch) as place:
         bench = Bench(options, Path(place), console)

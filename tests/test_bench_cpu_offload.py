@@ -12,10 +12,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 from caps import Cap
-from cpu_offload import Row, read_table, time_table, turned
+from cpu_offload import turned
 from offload_children import Child, Fate
 from offload_contenders import CONTENDERS, Task
 from offload_model import DTYPE, Decoder, Shape, mapped_decoder, random_decoder, save
+from offload_rows import Row, read_table, time_table
 from raw_read import RawReader
 from rich.console import Console
 
@@ -83,6 +84,11 @@ def test_cells_are_medians_over_the_bound_and_say_what_went_wrong() -> None:
     text = console.export_text()
     assert "4.00 WRONG" in text
     assert "killed" in text
+
+
+def test_a_row_says_when_the_machine_was_not_quiet() -> None:
+    assert "0.100 to 0.900 s" in row().disturbance
+    assert not row(passes={"plain": [{"seconds": 0.10}, {"seconds": 0.11}]}).disturbance
 
 
 def test_every_contender_goes_first_once() -> None:
