@@ -41,7 +41,7 @@ from offload_children import Child, Fate, allowance_of, available_bytes, forget_
 from offload_contenders import CONTENDERS, Task
 from offload_model import Shape
 from offload_rows import TABLES, Row
-from raw_read import RawReader
+from raw_speed import RawReader
 from rich.console import Console
 
 from tierstore import format_size, parse_size

@@ -17,7 +17,7 @@ from offload_children import Child, Fate
 from offload_contenders import CONTENDERS, Task
 from offload_model import DTYPE, Decoder, Shape, mapped_decoder, random_decoder, save
 from offload_rows import Row, read_table, time_table
-from raw_read import RawReader
+from raw_speed import RawReader
 from rich.console import Console
 
 TINY = Shape(layers=1, width=512)
