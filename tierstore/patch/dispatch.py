@@ -224,6 +224,8 @@ def _acquire(wrappers: list[Wrapper], func: Any) -> dict[Host, list[Entry]]:
             with moves.lock:
                 if len(entries) != 1 or not moves.lease_resident(entries[0], 0):
                     moves.acquire(entries, func)
+                else:
+                    moves.pump()  # not when the leases end: this frame would still refer to what has to leave
             held[host] = entries
     except BaseException:
         _release(held)
@@ -236,4 +238,3 @@ def _release(held: dict[Host, list[Entry]]) -> None:
         moves = host.store.moves
         with moves.lock:
             moves.release(entries)
-            moves.pump()

@@ -118,11 +118,14 @@ class Frame:
             return
         moves = self._room.moves
         with moves.lock:
+            plain: ResidentParameter | None
             for entry, plain, version in zip(self._entries, self._plain.values(), self._versions, strict=True):
                 if plain._version != version:
                     plain._tiered._source.forget_snapshot()
                     moves.outdate(entry)
             moves.release(self._entries)
+            plain = None
+            self._plain.clear()  # or what leaves now would live on, and the new value beside it
             moves.pump()
 
 

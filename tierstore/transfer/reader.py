@@ -102,6 +102,7 @@ class _Job:
                 return
         if self._file is not None:
             self._file.close()
+        self._memory = memoryview(b"")  # who is told may evict the value before this job is gone, and needs its memory
         self._done(self._error)
 
 

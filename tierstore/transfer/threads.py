@@ -6,6 +6,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+
 from tierstore.backend import FileBackend, MemoryBackend
 from tierstore.errors import CorruptionError
 from tierstore.spec import raw_bytes
@@ -41,17 +43,21 @@ class ThreadEngine(Engine):
         workers.submit(self._work, transfer, done)
 
     def _read(self, transfer: Transfer, source: FileBackend, target: MemoryBackend, done: Done) -> None:
+        held: list[torch.Tensor] = []
+
         def landed(error: BaseException | None) -> None:
+            tensor = held.pop()
             if error is None:
                 target.adopt(transfer.key, tensor)
-            elif isinstance(error, CorruptionError):
+            del tensor  # whoever is told may evict it, and need its memory, before this frame ends
+            if isinstance(error, CorruptionError):
                 error = CorruptionError(transfer.key, error.file, error.reason)  # the reader knows no keys
             done(error)
 
         try:
             extent = source.extent(transfer.key)
-            tensor = target.allocate(transfer.spec)
-            self._reader.submit(extent, raw_bytes(tensor), landed)
+            held.append(target.allocate(transfer.spec))
+            self._reader.submit(extent, raw_bytes(held[0]), landed)
         except Exception as error:  # noqa: BLE001  (handed to whoever waits for the value)
             done(error)
 
