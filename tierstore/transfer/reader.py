@@ -39,7 +39,7 @@ class Reader:
 
         The file is opened before this returns. `done` is called from a reader thread when nothing writes to `out` any more,
         with None or the first error (`OSError`; `CorruptionError` for a file that ends too early). It must not raise, nor
-        wait for another extent. `out` is kept alive until then.
+        wait for another extent. `out` is kept alive until all is read, and no longer when `done` is called.
         """
         if out.dtype is not torch.uint8 or out.device.type != "cpu" or not out.is_contiguous() or out.numel() != extent.nbytes:
             raise ValueError(
