@@ -712,3 +712,48 @@ def test_formatting_a_buffer(scratch: Path) -> None:
         assert f"{model.scale:.2f} {model.scale}" == "2.50 2.5"
         assert bool(model.scale > 2)
         assert float(model.scale) == 2.5
+
+
+class Tagger(nn.Module):
+    """A large table of which each call needs a few rows, beside weights that are used whole."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4096, 128)
+        self.body = nn.Linear(128, 128)
+        self.head = nn.Linear(128, 4096, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.body(self.table(ids)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_lookup_of_few_rows_fetches_no_table(tied: bool, grad: bool, scratch: Path) -> None:
+    torch.manual_seed(0)
+    model, ids = Tagger(tied=tied), torch.tensor([[3, 77, 4095]])
+    with torch.set_grad_enabled(grad):
+        expected = model(ids)
+        rows = 3 * 128 * 4
+        with tiered(model, cpu="2200KiB", disk=scratch) as session:
+            session.offload(model)
+            before = session.stats()
+            table = model.table(ids)
+            after = session.stats()
+            assert after.links["disk->cpu"].bytes - before.links["disk->cpu"].bytes == rows
+            assert after.tiers["cpu"].used_bytes == before.tiers["cpu"].used_bytes
+            assert torch.equal(model.head(model.body(table)), expected)
+            assert torch.equal(model(ids), expected)
+            with torch.no_grad():
+                model.table.weight[3] += 1.0
+            assert torch.equal(model.table(ids)[0, 0], model.table.weight[3])
+
+
+def test_a_lookup_of_many_rows_fetches_the_table(scratch: Path) -> None:
+    model, ids = Tagger(tied=False), torch.arange(1024)
+    with torch.no_grad(), tiered(model, cpu="2200KiB", disk=scratch) as session:
+        session.offload(model)
+        model.table(ids)
+        assert session.tier_of("table.weight") == "cpu"

@@ -15,10 +15,11 @@ class Entry:
     `busy`: one thread is copying or replacing this entry; others wait for it, and it waits for nobody.
     `version`: counts changes of the value.
     `tensor`: the live tensor in level 0, while it is resident there and the tier is memory.
+    `looked_up`: rows of it were read where it lies, without fetching it; None as long as nothing has been done with it.
     `derived`: what a user of the store built over `tensor`; forgotten together with it.
     """
 
-    __slots__ = ("busy", "derived", "key", "leases", "nbytes", "spec", "tensor", "tiers", "version")
+    __slots__ = ("busy", "derived", "key", "leases", "looked_up", "nbytes", "spec", "tensor", "tiers", "version")
 
     def __init__(self, key: str, spec: TensorSpec) -> None:
         self.key = key
@@ -27,6 +28,7 @@ class Entry:
         self.busy = False
         self.version = 0
         self.tensor: torch.Tensor | None = None
+        self.looked_up: bool | None = None
         self.derived: object = None
         self.describe(spec)
 

@@ -12,6 +12,7 @@ import torch
 from tierstore.devices import names_device
 from tierstore.entry import Entry
 from tierstore.errors import ModelError, UnsupportedTensorError
+from tierstore.patch.lookup import LOOKUPS, look_up
 from tierstore.patch.ops import Kind, Op, describe, view_geometry
 from tierstore.patch.source import CopySource, Host
 from tierstore.patch.wrapper import Wrapper
@@ -44,6 +45,10 @@ def dispatch(func: Any, args: Args, kwargs: Kwargs) -> Any:
         return _each(func, op, args, kwargs)
     if (func is torch.ops.aten.cat.default or func is torch.ops.aten.stack.default) and _too_many(args[0]):
         return _joined(func, *args, **kwargs)
+    if func in LOOKUPS:
+        rows = look_up(func, args, kwargs)
+        if rows is not None:
+            return rows
     return _compute(func, op, args, kwargs)
 
 
@@ -222,11 +227,14 @@ def _acquire(wrappers: list[Wrapper], func: Any) -> dict[Host, list[Entry]]:
             host.worked_on(sum(entry.nbytes for entry in entries))
             moves = host.store.moves
             with moves.lock:
-                if len(entries) != 1 or not moves.lease_resident(entries[0], 0):
+                short = len(entries) == 1 and moves.lease_resident(entries[0], 0)
+                if not short:
                     moves.acquire(entries, func)
-                else:
+                held[host] = entries
+                for entry in entries:
+                    entry.looked_up = entry.looked_up or False
+                if short:
                     moves.pump()  # not when the leases end: this frame would still refer to what has to leave
-            held[host] = entries
     except BaseException:
         _release(held)
         raise

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from tierstore.entry import Entry
+from tierstore.patch.lookup import LARGE
 from tierstore.patch.source import EntrySource
 from tierstore.patch.swap import own_attributes
 from tierstore.patch.tensor import TieredTensor
@@ -86,8 +87,8 @@ class Frame:
         if plain is not None:
             return plain if plain.requires_grad == value.requires_grad else value
         entry = _entry_behind(value)
-        if entry is None:
-            return value
+        if entry is None or (not entry.resident and entry.looked_up is not False and entry.nbytes >= LARGE):
+            return value  # what is done with it may need a few rows only
         room = self._room
         moves = room.moves
         with moves.lock:
