@@ -153,8 +153,9 @@ class ResidentParameter(torch.nn.Parameter):
 
 
 def _plain_of(entry: Entry, value: TieredTensor) -> ResidentParameter:
-    """Return the plain Parameter over the resident bytes; made once per stay in the fast tier.
+    """Return the plain Parameter over the resident bytes; kept for later from its second use in one stay in the fast tier.
 
+    What is streamed is used once, and then keeping it would only scatter small objects over the heap.
     It must not be a view and must have the same `requires_grad`: `matmul` folds differently otherwise, and the last bit
     changes.
     """
@@ -166,7 +167,7 @@ def _plain_of(entry: Entry, value: TieredTensor) -> ResidentParameter:
         plain: ResidentParameter = torch.Tensor._make_subclass(ResidentParameter, entry.tensor, value.requires_grad)
     plain.__dict__.update(own_attributes(value))
     plain._tiered = value
-    entry.derived = plain
+    entry.derived = True if entry.derived is None else plain
     return plain
 
 
