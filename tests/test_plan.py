@@ -1,0 +1,229 @@
+"""Plans: bytes against what no schedule can go below, on cycles and on recorded requests; and what a run of them moves."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.traces import RECORDED
+from tierstore.errors import BudgetError
+from tierstore.planning.classic import LRU
+from tierstore.planning.frequency import TinyLFU
+from tierstore.planning.offline import Belady, lower_bound
+from tierstore.planning.plan import plan, ring_for
+from tierstore.planning.planned import Lane, Schedule
+from tierstore.planning.predictor import Predictor
+from tierstore.planning.replay import Simulation, replay
+from tierstore.testing import check_policy
+
+MODELS = [name for name in RECORDED if name != "mixture"]
+
+
+def auto(capacity: int) -> Lane:
+    """Return the policy "auto" for the fast one of two tiers."""
+    schedule = Schedule(fixed_bytes=0)
+    lane = schedule.lane()
+    schedule.lane()
+    lane.budget(capacity)
+    return lane
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_cycle_moves_no_more_than_what_does_not_fit_and_a_ring(sizes_in_order: list[int], data: st.DataObject) -> None:
+    """At most N - C and a ring, where no schedule moves less than N - C; the ring holds two neighbours at most."""
+    sizes = {f"k{i}": nbytes for i, nbytes in enumerate(sizes_in_order)}
+    keys, total, largest = list(sizes), sum(sizes_in_order), max(sizes_in_order)
+    capacity = data.draw(st.integers(largest, total + 5))
+    made = plan(keys, sizes, [capacity, None])
+    resident = [key for key in keys if made.rest[key] == 0]
+    kept = sum(sizes[key] for key in resident)
+    assert made.link_bytes == (total - kept,)
+    assert kept + made.ring_bytes[0] <= max(capacity, kept + 2 * largest) and kept <= capacity
+    assert made.link_bytes[0] >= max(0, total - capacity)
+    assert made.link_bytes[0] <= max(0, total - capacity) + 2 * largest + largest
+    assert made.order[0] == tuple(key for key in keys if key not in resident)
+
+
+@pytest.mark.parametrize("count", [8, 40, 41])
+def test_equal_blocks_move_what_does_not_fit_and_two_slots(count: int) -> None:
+    sizes = {f"b{i}": 10 for i in range(count)}
+    for room in range(1, count + 1):
+        made = plan(list(sizes), sizes, [room * 10, None])
+        missing = 10 * (count - room)
+        assert made.link_bytes[0] <= missing + (made.ring_bytes[0] if missing else 0)
+        assert made.ring_bytes[0] <= 20
+
+
+def test_what_streams_is_spread_evenly() -> None:
+    sizes = {f"b{i}": 10 for i in range(40)}
+    made = plan(list(sizes), sizes, [220, None])
+    streamed = [i for i, key in enumerate(sizes) if made.rest[key] == 1]
+    gaps = {b - a for a, b in zip(streamed, [*streamed[1:], streamed[0] + 40], strict=True)}
+    assert len(streamed) == 20
+    assert gaps == {2}
+
+
+def test_what_is_computed_long_hides_what_streams() -> None:
+    """Entries after which much is computed are followed by streamed ones."""
+    sizes = {f"b{i}": 10 for i in range(40)}
+    durations = [9.0] * 20 + [1.0] * 20
+    made = plan(list(sizes), sizes, [320, None], durations)
+    streamed = [i for i, key in enumerate(sizes) if made.rest[key] == 1]
+    assert sum(i <= 20 for i in streamed) >= 0.8 * len(streamed)
+
+
+def test_what_is_used_most_stays() -> None:
+    sizes = {"once": 10, "often": 10, "twice": 10, "also once": 10, "and once": 10}
+    made = plan(["once", "often", "twice", "often", "also once", "often", "twice", "and once"], sizes, [30, None])
+    assert made.rest == {"often": 0, "once": 1, "twice": 1, "also once": 1, "and once": 1}
+
+
+def test_tiers_are_exclusive_and_times_predicted() -> None:
+    sizes = {f"b{i}": 10 for i in range(40)}
+    made = plan(list(sizes), sizes, [120, 130, None], [1.0] * 40, [10.0, 2.0])
+    where = [sum(level == at for level in made.rest.values()) for at in (0, 1, 2)]
+    assert where == [10, 10, 20]
+    assert made.link_bytes == (300, 200)
+    assert made.seconds == max(40.0, 300 / 10.0, 200 / 2.0)
+
+
+def test_small_entries_stay_where_a_transfer_has_a_price() -> None:
+    sizes = {f"{kind}{i}": nbytes for i in range(20) for kind, nbytes in (("large", 100), ("small", 1))}
+    made = plan(list(sizes), sizes, [400, None], fixed_bytes=10)
+    assert all(made.rest[key] == 0 for key in sizes if key.startswith("small"))
+
+
+def test_a_giant_stays_rather_than_needing_a_ring() -> None:
+    sizes = {"giant": 50} | {f"b{i}": 5 for i in range(20)}
+    assert plan(list(sizes), sizes, [80, None]).rest["giant"] == 0
+
+
+def test_an_entry_larger_than_the_tier_is_named() -> None:
+    with pytest.raises(BudgetError, match="'b'"):
+        plan(["a", "b"], {"a": 1, "b": 10}, [5, None])
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("name", MODELS)
+def test_recorded_requests_move_little_more_than_the_optimum(name: str, share: float) -> None:
+    """Once "auto" has seen three requests of a recorded kind, it moves at most 1.10 times what the offline optimum does."""
+    trace, sizes = RECORDED[name]()
+    request = trace[: len(trace) // 2]
+    assert trace == request * 2
+    capacity = int(share * sum(sizes[key] for key in set(trace)))
+    simulation = Simulation(auto(capacity), capacity)
+    moved = [sum(0 if simulation.use(key, sizes[key]) else sizes[key] for key in request) for _ in range(8)]
+    optimum = steady(request, sizes, capacity)
+    assert sum(moved[4:]) <= 1.10 * 4 * optimum
+    assert sum(moved) >= lower_bound(request * 8, sizes, capacity)
+
+
+def steady(request: list[str], sizes: dict[str, int], capacity: int) -> int:
+    """Return the bytes that Belady's choice moves for one more repetition."""
+    first, more = (replay(request * n, sizes, capacity, Belady(request * n)).bytes for n in (3, 5))
+    return (more - first) // 2
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 0.9])
+def test_a_mixture_moves_no_more_than_the_better_online_policy(share: float) -> None:
+    """Where accesses depend on data, at most 1.10 times what LRU or frequency moves, whichever is better."""
+    trace, sizes = RECORDED["mixture"]()
+    capacity = int(share * sum(sizes[key] for key in set(trace)))
+    best = min(replay(trace, sizes, capacity, policy).bytes for policy in (LRU(), TinyLFU()))
+    assert replay(trace, sizes, capacity, auto(capacity)).bytes <= 1.10 * best
+
+
+def test_auto_keeps_the_contract() -> None:
+    check_policy(lambda: auto(500))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auto_keeps_the_contract_while_it_has_a_plan(seed: int) -> None:
+    """Every key in the tier is a victim exactly once, whatever loops, jumps and prefetches came before."""
+    rng = random.Random(seed)
+    lane, present = auto(200), dict[str, int]()
+    loops = [[f"{name}{i}" for i in range(rng.randrange(3, 30))] for name in "abc"]
+    for _ in range(200):
+        for key in rng.choice(loops):
+            step(lane, present, key, prefetch=rng.random() < 0.5)
+            victims = list(lane.victims())
+            assert sorted(victims) == sorted(present)
+            assert set(lane.spare()) <= set(present)
+    assert lane._schedule.plan is not None
+
+
+def step(lane: Lane, present: dict[str, int], key: str, *, prefetch: bool) -> None:
+    """Use `key` in a tier of 20 places, then bring in what is wanted ahead where that is possible."""
+    if key not in present:
+        make_room(lane, present, {key})
+        lane.insert(key, 10)
+        present[key] = 10
+    lane.access(key)
+    wanted = lane.wanted() if prefetch else None
+    spare = [other for other in lane.spare() if other != key]
+    if wanted is not None and (len(present) < 20 or spare):
+        assert wanted not in present
+        if len(present) == 20:
+            lane.remove(spare[0])
+            del present[spare[0]]
+        lane.insert(wanted, 10)
+        present[wanted] = 10
+
+
+def make_room(lane: Lane, present: dict[str, int], needed: set[str]) -> None:
+    while len(present) >= 20:
+        victim = next(key for key in lane.victims() if key not in needed)
+        lane.remove(victim)
+        del present[victim]
+
+
+def test_a_ring_holds_neighbours() -> None:
+    accesses = [(key, 1.0) for key in "abcd"]
+    assert ring_for(accesses, {"a": 1, "b": 2, "c": 9, "d": 4}, ()) == 13
+    assert ring_for(accesses, {"a": 1, "b": 2, "c": 9, "d": 4}, {"c"}) == 6
+    assert ring_for(accesses, {"a": 5, "b": 2, "c": 9, "d": 4}, set("abcd")) == 0
+
+
+class TestPredictor:
+    def test_a_loop_is_expected_from_its_second_time_on(self) -> None:
+        predictor = Predictor()
+        assert [predictor.see(key) for key in "abcabcabc"] == [False] * 4 + [True] * 5
+        assert predictor.period == 3
+        assert list(predictor.cycle()) == list("abc")
+
+    def test_phases_are_recognised_by_how_they_begin(self) -> None:
+        predictor = Predictor()
+        for key in "xyzabcabcabcxyz":
+            predictor.see(key)
+        assert list(predictor.cycle())[:4] == list("abca")
+
+    def test_the_longer_common_past_decides(self) -> None:
+        predictor = Predictor()
+        for key in "pqr1" + "stu2" + "..." + "pq":
+            predictor.see(key)
+        predictor.see("r")
+        assert predictor.cycle()[0] == "1"
+
+    def test_keys_that_depend_on_data_are_found(self) -> None:
+        rng, predictor = random.Random(0), Predictor()
+        for _ in range(100):
+            for layer in range(4):
+                for key in ("in", "out", f"expert{rng.randrange(8)}"):
+                    predictor.see(f"{layer}.{key}")
+        assert {key.split(".")[1][:6] for key in predictor.erratic} == {"expert"}
+        assert len(predictor.erratic) == 32
+        assert predictor.matched >= 100
+
+    def test_the_history_is_bounded(self) -> None:
+        predictor = Predictor(limit=50)
+        for _ in range(40):
+            for key in "abcdefg":
+                predictor.see(key)
+        assert len(predictor.history) < 100
+        assert predictor.period is not None
+        assert predictor.period % 7 == 0
+        assert predictor.matched > 100
