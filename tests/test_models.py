@@ -725,7 +725,7 @@ class Tagger(nn.Module):
         if tied:
             self.head.weight = self.table.weight
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.head(self.body(self.table(ids)))
 
 

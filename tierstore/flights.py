@@ -19,13 +19,14 @@ _MUCH = 32 << 20  # bytes in flight into one tier that keep a link busy; beyond 
 class Flight:
     """A copy on its way into a tier. Once `done`, `error` says what went wrong, if anything did."""
 
-    __slots__ = ("done", "entry", "error", "outdated", "source", "target", "version")
+    __slots__ = ("done", "entry", "error", "outdated", "source", "started", "target", "version")
 
-    def __init__(self, entry: Entry, source: int, target: int, outdated: int | None) -> None:
+    def __init__(self, entry: Entry, source: int, target: int, outdated: int | None, started: float) -> None:
         self.entry = entry
         self.source = source
         self.target = target
         self.version = entry.version
+        self.started = started
         self.outdated = outdated  # bytes of the stale copy that this one replaces
         self.done = False
         self.error: BaseException | None = None
@@ -48,13 +49,13 @@ class Flights(Residency):
         `used`: somebody waits for it. When it has landed the busy mark is gone, and so is the reservation if it failed.
         """
         tier = self.tiers[target]
-        flight = Flight(entry, source, target, tier.stale.pop(entry.key, None))
+        flight = Flight(entry, source, target, tier.stale.pop(entry.key, None), self.engine.now())
         tier.policy.insert(entry.key, entry.nbytes)
         if used:
             tier.policy.access(entry.key)
         self._flights[target] += 1
         self._flying[target] += entry.nbytes
-        self.counters.link_busy(source, target, self.engine.now())
+        self.counters.link_busy(source, target, flight.started)
         transfer = Transfer(entry.key, entry.spec, self.tiers[source].backend, tier.backend, (source, target))
         self.lock.release()
         try:
@@ -73,8 +74,7 @@ class Flights(Residency):
             entry, tier = flight.entry, self.tiers[flight.target]
             self._flights[flight.target] -= 1
             self._flying[flight.target] -= entry.nbytes
-            carried = 0 if error else entry.nbytes
-            self.counters.link_idle(flight.source, flight.target, self.engine.now(), carried)
+            self.link_ended(entry, (flight.source, flight.target), flight.started, 0 if error else entry.nbytes)
             if error is None and flight.version == entry.version:
                 tier.ledger.release(flight.outdated or 0)
                 self.placed(entry, flight.target)

@@ -42,7 +42,7 @@ class Leasing(Flights):
                 self._wait_for_room(operation, wanted)
             self.check_open()
         if started is not None:
-            self.counters.stall_seconds += self.engine.now() - started
+            self._stalled(operation, started)
         try:
             self.pump()
         except BaseException:
@@ -126,7 +126,12 @@ class Leasing(Flights):
                 self.unmark_busy(entry)
             self.release(wanted)
             raise
-        self.counters.stall_seconds += self.engine.now() - started
+        self._stalled(missing[0].key, started)
+
+    def _stalled(self, operation: object, since: float) -> None:
+        now = self.engine.now()
+        self.counters.stall_seconds += now - since
+        self.timeline.stalled(str(operation), since, now)
 
     def _count(self, wanted: list[Entry], missed: int) -> None:
         self.counters.misses += missed

@@ -18,6 +18,7 @@ from tierstore.errors import BudgetError, ClosedError, MissingKeyError, TierStor
 from tierstore.shield import shielded
 from tierstore.stats import Counters
 from tierstore.tier import Tier
+from tierstore.timeline import Timeline
 from tierstore.transfer.engine import Engine, Transfer
 
 
@@ -34,6 +35,7 @@ class Residency:
         self.lock = threading.Condition(threading.Lock())
         self.entries: dict[str, Entry] = {}
         self.counters = Counters()
+        self.timeline = Timeline()
         self.closed = False
         self._held: dict[int, int] = {}  # thread -> bytes it leased; kept by `Leasing`
         self._waiting: set[int] = set()
@@ -137,18 +139,25 @@ class Residency:
         """Copy a busy entry into a tier where its bytes are reserved; gives the reservation back when it fails."""
         tier, version = self.tiers[target], entry.version
         transfer = Transfer(entry.key, entry.spec, self.tiers[source].backend, tier.backend, (source, target))
-        self.counters.link_busy(source, target, self.engine.now())
+        started = self.engine.now()
+        self.counters.link_busy(source, target, started)
         carried = 0
         try:
             with self.writing(tier, entry.key, entry.nbytes), shielded():
                 self.engine.carry(transfer)
             carried = entry.nbytes
         finally:
-            self.counters.link_idle(source, target, self.engine.now(), carried)
+            self.link_ended(entry, (source, target), started, carried)
         if version == entry.version:
             self.added(entry, target)
         else:  # written to meanwhile through a lease
             tier.stale[entry.key] = entry.nbytes
+
+    def link_ended(self, entry: Entry, route: tuple[int, int], started: float, carried: int) -> None:
+        """Count a copy that has ended; `carried` bytes are none if it failed."""
+        now = self.engine.now()
+        self.counters.link_idle(*route, now, carried)
+        self.timeline.copied(entry.key, route, carried, started, now, tuple(tier.ledger.used for tier in self.tiers))
 
     @contextmanager
     def writing(self, tier: Tier, key: str, nbytes: int) -> Iterator[None]:

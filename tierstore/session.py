@@ -19,7 +19,7 @@ from tierstore.patch.regions import Region, check_model
 from tierstore.planning.names import policy_factory
 from tierstore.planning.policy import PolicyFactory
 from tierstore.registry import backend_class, backend_names
-from tierstore.report import render
+from tierstore.report import forecast_of, render
 from tierstore.sizes import Size, format_size, parse_size
 from tierstore.stats import Stats
 from tierstore.store import TieredStore
@@ -72,12 +72,14 @@ class Tiered:
         self.device = device
         self._attachment = Attachment(store, device)
         self._open = True
+        self._started = store.moves.engine.now()
         try:
             self._attachment.attach(models, _progress)
         except BaseException:
             self._open = False
             store.close(flush=False)
             raise
+        self._started = store.moves.engine.now()
 
     def __enter__(self) -> Tiered:
         self.store.moves.check_open()
@@ -115,7 +117,12 @@ class Tiered:
 
     def report(self) -> str:
         """Return the same as a table to print."""
-        return render(self.store.stats(), holds_all=self._attachment.holds_all, device=str(self.device))
+        forecast = forecast_of(self.store, self._started)
+        return render(self.store.stats(), forecast, holds_all=self._attachment.holds_all, device=str(self.device))
+
+    def timeline(self, file: str | os.PathLike[str]) -> None:
+        """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing."""
+        self.store.timeline(file)
 
     def prefetch(self, module: torch.nn.Module) -> None:
         """Start to bring the weights of `module` into the fast tier, as far as there is room; returns at once."""

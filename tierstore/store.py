@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -13,6 +14,7 @@ from tierstore.entry import Entry
 from tierstore.errors import BudgetError, TierStoreError
 from tierstore.lease import Lease
 from tierstore.planning.names import policy_factory
+from tierstore.planning.plan import Plan
 from tierstore.planning.policy import Foresight, PolicyFactory
 from tierstore.sizes import Size, parse_size
 from tierstore.spec import TensorSpec
@@ -265,6 +267,17 @@ class TieredStore:
         self._moves.engine.close()
         for tier in self._moves.tiers:
             tier.backend.close()
+
+    def timeline(self, file: str | os.PathLike[str]) -> None:
+        """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing."""
+        with self._lock:
+            self._moves.timeline.write(file, [tier.name for tier in self._moves.tiers])
+
+    @property
+    def plan(self) -> Plan | None:
+        """What the policy of the fastest tier keeps and streams now; None if it has made no plan."""
+        policy = self._moves.tiers[0].policy
+        return policy.plan if isinstance(policy, Foresight) else None
 
     def __enter__(self) -> TieredStore:
         return self

@@ -101,6 +101,17 @@ class Schedule:
             budgets[0] = max(first - self._extra, largest)
         return budgets
 
+    def would_move(self, level: int, budget: int) -> int | None:
+        """Return the bytes that the repetition at hand would bring into a tier that had another budget."""
+        if self.plan is None:
+            return None
+        cycle = [key for key in self.predictor.cycle() if key in self.sizes] or [key for order in self.plan.order[:1] for key in order]
+        budgets = self._budgets(cycle)
+        if not cycle or budgets is None:
+            return None
+        budgets[level] = max(budget, max(self.sizes[key] for key in cycle))
+        return plan(cycle, self.sizes, budgets, fixed_bytes=self._fixed_bytes).link_bytes[level]
+
     def _improves(self, new: Plan, cycle: list[str]) -> bool:
         """True if `new` moves clearly less than the plan at hand, or knows keys that it does not, for no more."""
         if self.plan is None:
@@ -184,6 +195,13 @@ class Lane(Foresight):
     def budget(self, nbytes: int | None) -> None:
         self.nbytes = nbytes
         self._schedule.budget_changed()
+
+    @property
+    def plan(self) -> Plan | None:
+        return self._schedule.plan
+
+    def would_move(self, budget: int) -> int | None:
+        return self._schedule.would_move(self._level, budget)
 
     # -- answers --------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
+from tierstore.planning.plan import Plan
+
 
 class Policy(ABC):
     """Orders the keys of one tier by how soon they should leave it.
@@ -36,6 +38,15 @@ class Policy(ABC):
 
 class Foresight(Policy):
     """A policy that also knows what will be used, so that it can be fetched before anybody waits for it."""
+
+    @property
+    @abstractmethod
+    def plan(self) -> Plan | None:
+        """What is kept and what streams now; None as long as nothing is known."""
+
+    @abstractmethod
+    def would_move(self, budget: int) -> int | None:
+        """Return the bytes that one repetition would bring into the tier with another budget; None as long as nothing is known."""
 
     @abstractmethod
     def wanted(self) -> str | None:
