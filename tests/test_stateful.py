@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tierstore.testing.stateful import VARIANTS, StoreMachine, drive
+from tierstore.testing.stateful import POLICIES, VARIANTS, StoreMachine, drive
 from tierstore.writing import Moves
 
 # examples of 40 steps; the rest of the default run is left to `drive`, which does ten times as many steps a second
@@ -35,11 +35,13 @@ def test_a_store_is_a_dict(variant: str) -> None:
     run_state_machine_as_test(Machine, settings=fixed)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_driven_store_is_a_dict(variant: str) -> None:
-    driven = drive(DRIVEN[variant], seed=1, make_tiers=VARIANTS[variant])
+def test_a_driven_store_is_a_dict(variant: str, policy: str) -> None:
+    driven = drive(DRIVEN[variant], seed=1, make_tiers=VARIANTS[variant], policy=policy)
     assert driven.steps == DRIVEN[variant]
     assert driven.evictions > driven.steps / 40, f"budgets too wide for anything to move: {driven}"
+    assert bool(driven.outcomes["foreseen"]) is (policy == "auto")
     for outcome in ("put", "put failed", "get", "get missing", "lease", "write", "delete", "offload", "prefetch", "flush"):
         assert driven.outcomes[outcome], f"{outcome!r} never happened: {driven}"
 

@@ -109,6 +109,12 @@ class Flights(Residency):
         self.mark_busy(entry)
         return self.begin(entry, min(entry.tiers), 0)
 
+    def settle(self) -> None:
+        """Wait until no copy is under way. Takes the lock itself."""
+        with self.lock:
+            while any(self._flights):
+                self.engine.wait(self.lock)
+
     # -- ahead of use ---------------------------------------------------------------------------------------------
 
     def pump(self) -> None:

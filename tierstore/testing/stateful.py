@@ -33,6 +33,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.floa
 CALLS: tuple[Call, ...] = ("put", "get", "delete", "adopt")
 MOMENTS: tuple[Moment, ...] = ("before", "halfway")
 BUDGETS = (0, 600, 900, 900, 1200, 1200, 1500)
+POLICIES = ("lru", "auto")
 MOST_LEASES = 3  # at once: more would leave nothing to evict
 TOO_LARGE = 1500  # elements of the main dimension: more than a bounded tier here takes
 
@@ -104,6 +105,10 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(key=_keys)
     def get(self, key: str) -> None:
         self.twin.get(key)
+
+    @rule()
+    def scan(self) -> None:
+        self.twin.scan(KEYS)
 
     @rule(key=_keys)
     def delete(self, key: str) -> None:
@@ -179,6 +184,7 @@ _ACTIONS: tuple[tuple[int, Callable[[Twin, random.Random], None]], ...] = (
     (20, lambda twin, rng: twin.put(rng.choice(KEYS), _random_tensor(rng), fill=rng.random() < 0.2)),
     (8, lambda twin, rng: twin.put_like(rng.choice(KEYS), rng.randrange(1 << 20))),
     (30, lambda twin, rng: twin.get(rng.choice(KEYS))),
+    (2, lambda twin, rng: twin.scan(KEYS)),
     (3, lambda twin, rng: twin.delete(rng.choice(KEYS))),
     (12, lambda twin, rng: twin.lease(_random_keys(rng)) if len(twin.held) < MOST_LEASES else twin.release(rng.randrange(9))),
     (18, lambda twin, rng: twin.release(rng.randrange(9)) if twin.held else None),
@@ -208,11 +214,11 @@ class Driven:
         return f"{self.steps} steps in {self.seconds:.1f} s ({self.steps / self.seconds:.0f}/s), {self.evictions} evictions; {counts}"
 
 
-def drive(steps: int, seed: int, make_tiers: MakeTiers = memory_only) -> Driven:
-    """Do `steps` random operations on a store over `make_tiers`, checking after each; raise `AssertionError` with the step."""
+def drive(steps: int, seed: int, make_tiers: MakeTiers = memory_only, policy: str = "lru") -> Driven:
+    """Do `steps` random operations on a store over `make_tiers` under `policy`, checking after each; raise `AssertionError` with the step."""
     rng, started = random.Random(seed), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tierstore-drive-") as directory:
-        twin = Twin(make_tiers, Path(directory))
+        twin = Twin(make_tiers, Path(directory), policy)
         try:
             for key in KEYS:
                 twin.put(key, _random_tensor(rng))
@@ -242,9 +248,10 @@ def main() -> None:
     options = parser.parse_args()
     variants = options.variant or list(VARIANTS)
     for name in variants:
-        driven = drive(options.steps // len(variants), options.seed, VARIANTS[name])
-        sys.stdout.write(f"{name}: {driven}\n")
-        sys.stdout.flush()
+        for policy in POLICIES:
+            driven = drive(options.steps // len(variants) // len(POLICIES), options.seed, VARIANTS[name], policy)
+            sys.stdout.write(f"{name} under {policy}: {driven}\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ class Twin:
     raises, the dict stays as it was, and the next check finds out whether the store did too.
     """
 
-    def __init__(self, make_tiers: MakeTiers, directory: Path) -> None:
+    def __init__(self, make_tiers: MakeTiers, directory: Path, policy: str = "lru") -> None:
         self._make_tiers = make_tiers
+        self._policy = policy
         self._directory = directory
         self.expected: dict[str, tuple[TensorSpec, bytes]] = {}
         self.held: list[Held] = []
@@ -53,7 +54,7 @@ class Twin:
         self.highest = [tier.ledger.budget for tier in tiers]  # a budget may shrink below an earlier peak
         for tier, faults in zip(tiers, self.faults, strict=True):
             tier.backend = wrap(tier.backend, faults)
-        self.store = TieredStore(tiers)
+        self.store = TieredStore(tiers, self._policy)
 
     @property
     def persistent(self) -> bool:
@@ -100,6 +101,12 @@ class Twin:
                 self.outcomes["get missing"] += 1
                 return
             self._compare(key, found)
+
+    def scan(self, keys: Sequence[str]) -> None:
+        """Get one value after the other, three times over: something to foresee."""
+        for key in [*keys] * 3:
+            self.get(key)
+        self.outcomes["foreseen"] += self.store.plan is not None
 
     def delete(self, key: str) -> None:
         leased = self._leased_spec(key) is not None
@@ -202,7 +209,8 @@ class Twin:
     # -- checks -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """What must hold after each step."""
+        """What must hold after each step, and once nothing is under way that the step began ahead of use."""
+        self.store.moves.settle()
         assert set(self.store) == set(self.expected), f"the store and the dict differ in {set(self.store) ^ set(self.expected)}"
         assert len(self.store) == len(self.expected)
         for tier, highest in zip(self.store.tiers, self.highest, strict=True):
