@@ -217,7 +217,7 @@ class Lane(Foresight):
     def spare(self) -> Iterator[str]:
         yield from reversed(self._spent)
         schedule = self._schedule
-        if schedule.plan is None:
+        if schedule.plan is None or not self._unplanned:
             return
         sizes = schedule.sizes
         streaming = sum(sizes[key] for key in self._ahead if key in self._present and self._streams(key))
