@@ -215,7 +215,7 @@ class Driven:
 
 
 def drive(steps: int, seed: int, make_tiers: MakeTiers = memory_only, policy: str = "lru") -> Driven:
-    """Do `steps` random operations on a store over `make_tiers` under `policy`, checking after each; raise `AssertionError` with the step."""
+    """Do `steps` random operations on a store, checking after each; raise `AssertionError` with the step."""
     rng, started = random.Random(seed), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tierstore-drive-") as directory:
         twin = Twin(make_tiers, Path(directory), policy)
