@@ -33,10 +33,10 @@ def test_a_report_shows_prediction_limit_and_what_more_memory_buys(scratch: Path
         moved = (session.stats().links["disk->cpu"].bytes - before) / 4
         made, text = session.store.plan, " ".join(session.report().split())
     assert made is not None
-    assert moved == made.link_bytes[0]
+    assert abs(moved - made.link_bytes[0]) <= made.ring_bytes[0], "what is fetched ahead across the last snapshot may differ"
     fetched = re.search(r"each repetition fetches ([0-9.]+) MiB in (\d+) copies", text)
     assert fetched is not None
-    assert abs(float(fetched[1]) * 2**20 - moved) < 0.06 * 2**20
+    assert abs(float(fetched[1]) * 2**20 - made.link_bytes[0]) < 0.06 * 2**20
     assert int(fetched[2]) == len(made.order[0])
     larger = re.search(r"a budget of 2.5 MiB would fetch ([0-9.]+) MiB each time", text)
     assert larger is not None
