@@ -1264,6 +1264,23 @@ def test_a_value_written_while_it_is_flushed_is_not_taken_for_clean(rig: MakeRig
     r.check()
 
 
+def test_settled_means_that_nothing_is_written_down_either(rig: MakeRig) -> None:
+    """A demotion is no flight, but its bytes are reserved in one tier before they are there."""
+    r = rig(100, None, hook=quiet)
+    r.store.put("y", value(60))
+    close_gate(r.delays(1), "put", "y")
+    demotion = Background(lambda: r.store.offload("y"))
+    assert r.delays(1).entered.wait(30)
+    settling = Background(r.store.moves.settle)
+    try:
+        assert settling.still_running()
+    finally:
+        r.delays(1).gate.set()
+    settling.join()
+    demotion.join()
+    r.check()
+
+
 def test_close_waits_for_what_is_under_way(rig: MakeRig) -> None:
     r = rig(100, None, hook=quiet)
     r.store.put("y", value(60))

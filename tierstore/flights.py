@@ -110,9 +110,9 @@ class Flights(Residency):
         return self.begin(entry, min(entry.tiers), 0)
 
     def settle(self) -> None:
-        """Wait until no copy is under way. Takes the lock itself."""
+        """Wait until no entry moves, not even one that is written down to make room for another. Takes the lock itself."""
         with self.lock:
-            while any(self._flights):
+            while self._busy:
                 self.engine.wait(self.lock)
 
     # -- ahead of use ---------------------------------------------------------------------------------------------
