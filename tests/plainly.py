@@ -75,6 +75,12 @@ def compare(make: Callable[[], torch.nn.Module], step: Step, disk: Path, *, grad
     return session
 
 
+def nothing_leased(session: Tiered) -> bool:
+    """True if no lease is left but those of what is held plain for good."""
+    held = sum(entry.nbytes for entry in session._attachment._held.values())
+    return session.store.moves.leased_bytes == held
+
+
 def within_budget(session: Tiered) -> None:
     for name, tier in session.stats().tiers.items():
         assert tier.budget_bytes is None or tier.peak_bytes <= tier.budget_bytes, name

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.plainly import compare, nbytes, restored, same, state, under_pressure
+from tests.plainly import compare, nbytes, nothing_leased, restored, same, state, under_pressure
 from tierstore import tiered
 from tierstore.patch.tensor import TieredTensor
 
@@ -534,7 +534,7 @@ def test_exception_inside_a_forward(scratch: Path) -> None:
         model[1].armed = True
         with pytest.raises(ArithmeticError):
             model(X)
-        assert session.store.moves.leased_bytes == 0
+        assert nothing_leased(session)
         model[1].armed = False
         assert torch.equal(model(X), expected)
     model[1].armed = True
@@ -580,7 +580,7 @@ def test_compiled_blocks(backend: str, grad: bool, scratch: Path) -> None:
         return results
 
     session = compare(lambda: nn.Sequential(*(Block() for _ in range(6))), step, scratch, grad=grad)
-    assert session.store.moves.leased_bytes == 0
+    assert nothing_leased(session)
 
 
 def test_block_compiled_in_place(scratch: Path) -> None:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from tierstore.spec import TensorSpec
+
+
+class Handout(Protocol):
+    """What readers may take of a resident value without a lease, made by a user of the store."""
+
+    def withdraw(self) -> bool:
+        """Let no new reader have it; False, with all as before, if one who has it is not done yet."""
+
+    def forget(self) -> None:
+        """Let no new reader have it, whoever has it."""
 
 
 class Entry:
@@ -16,10 +28,11 @@ class Entry:
     `version`: counts changes of the value.
     `tensor`: the live tensor in level 0, while it is resident there and the tier is memory.
     `looked_up`: rows of it were read where it lies, without fetching it; None as long as nothing has been done with it.
-    `derived`: what a user of the store built over `tensor`; forgotten together with it.
+    `seen`: torch's own count of writes to `tensor` as far as `version` knows of them.
+    `handout`: what readers take of `tensor` without a lease; `shown`: it was read in this stay in level 0.
     """
 
-    __slots__ = ("busy", "derived", "key", "leases", "looked_up", "nbytes", "spec", "tensor", "tiers", "version")
+    __slots__ = ("busy", "handout", "key", "leases", "looked_up", "nbytes", "seen", "shown", "spec", "tensor", "tiers", "version")
 
     def __init__(self, key: str, spec: TensorSpec) -> None:
         self.key = key
@@ -29,7 +42,9 @@ class Entry:
         self.version = 0
         self.tensor: torch.Tensor | None = None
         self.looked_up: bool | None = None
-        self.derived: object = None
+        self.seen = 0
+        self.shown = False
+        self.handout: Handout | None = None
         self.describe(spec)
 
     def describe(self, spec: TensorSpec) -> None:

@@ -119,6 +119,7 @@ class Flights(Residency):
 
     def pump(self) -> None:
         """Start the fetches that policies want ahead of use; may release the lock for moments."""
+        self.catch_up()
         if not self._foresights or self._pumping:
             return
         self._pumping = True  # who comes meanwhile need not: this looks again before it ends

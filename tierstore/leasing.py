@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, MissingKeyError
 from tierstore.flights import Flight, Flights
+from tierstore.planning.policy import Foresight
 from tierstore.tier import Tier
 from tierstore.transfer.engine import Engine
 
@@ -57,9 +58,9 @@ class Leasing(Flights):
         """
         if entry.busy or 0 not in entry.tiers:
             return False
+        self.catch_up()
         if entry.leases == 0:
-            budget = self.tiers[0].ledger.budget
-            if budget is not None and self.leased_bytes + entry.nbytes + headroom > budget:
+            if not self._leaves(headroom, entry.nbytes):
                 return False
             self.leased_bytes += entry.nbytes
         entry.leases += 1
@@ -75,9 +76,8 @@ class Leasing(Flights):
         for entry in wanted:
             if self.entry(entry.key) is not entry:
                 raise MissingKeyError(f"{entry.key!r} was deleted, and another value put, while this thread waited for it")
-        budget = self.tiers[0].ledger.budget
-        fresh = sum(entry.nbytes for entry in wanted if entry.leases == 0)
-        if budget is not None and self.leased_bytes + fresh + headroom > budget:
+        self.catch_up()
+        if not self._leaves(headroom, sum(entry.nbytes for entry in wanted if entry.leases == 0)):
             return False
         missing = [entry for entry in wanted if 0 not in entry.tiers]
         self._lease(wanted)
@@ -99,6 +99,19 @@ class Leasing(Flights):
             self.tiers[0].ledger.release(need)
         self.release(wanted)
         return moved and self._try_acquire(wanted, headroom)
+
+    def _leaves(self, headroom: int, nbytes: int) -> bool:
+        """True if `nbytes` more under leases leave `headroom` bytes; where it is asked for, what is handed out counts as leased."""
+        budget = self.tiers[0].ledger.budget
+        taken = self.leased_bytes + (self.handed_out if headroom else 0)
+        return budget is None or taken + nbytes + headroom <= budget
+
+    def may_hand_out(self, nbytes: int, headroom: int) -> bool:
+        """True if `nbytes` more without a lease leave room for what streams, and for two operations of `headroom` bytes."""
+        policy, budget = self.tiers[0].policy, self.tiers[0].ledger.budget
+        plan = policy.plan if isinstance(policy, Foresight) else None
+        ring = plan.ring_bytes[0] if plan is not None and plan.ring_bytes else 0
+        return budget is None or self.handed_out + nbytes + max(ring, 2 * headroom) <= budget
 
     def _still_missing(self, missing: list[Entry]) -> bool:
         return all(0 not in entry.tiers and not entry.busy and self.entries.get(entry.key) is entry for entry in missing)

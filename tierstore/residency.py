@@ -10,10 +10,13 @@ deadlock, and that is found: when every lease holder waits too, the asker gets a
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from tierstore.entry import Entry
+import torch
+
+from tierstore.entry import Entry, Handout
 from tierstore.errors import BudgetError, ClosedError, MissingKeyError, TierStoreError
 from tierstore.shield import shielded
 from tierstore.stats import Counters
@@ -26,7 +29,8 @@ class Residency:
     """Entries, tiers and the one lock over both.
 
     `lock` is a condition that is notified whenever room, a busy mark or a lease is given up. Methods expect it held
-    unless they say otherwise; `copy` releases it around the transfer.
+    unless they say otherwise; `copy` releases it around the transfer. `handed_out` counts the bytes that readers may use
+    without a lease, and `noted` has the keys that they used since `catch_up`; readers append to it without the lock.
     """
 
     def __init__(self, tiers: Sequence[Tier], engine: Engine) -> None:
@@ -37,6 +41,8 @@ class Residency:
         self.counters = Counters()
         self.timeline = Timeline()
         self.closed = False
+        self.handed_out = 0
+        self.noted: deque[str] = deque()
         self._held: dict[int, int] = {}  # thread -> bytes it leased; kept by `Leasing`
         self._waiting: set[int] = set()
         self._busy = 0
@@ -94,7 +100,12 @@ class Residency:
         return True
 
     def evict(self, entry: Entry, level: int) -> bool:
-        """Take one copy out of a tier: drop it if another one serves, else write it down first; False if nothing can take it."""
+        """Take one copy out of a tier: drop it if another one serves, else write it down first.
+
+        False if nothing can take it, or if somebody still reads what was handed out of it.
+        """
+        if level == 0 and not self.withdraw(entry):
+            return False
         if any(other > level for other in entry.tiers) or self._only_upper_needed(entry, level):
             self.drop(entry, level)
         elif not self._demote(entry, level):
@@ -189,6 +200,7 @@ class Residency:
         entry.tiers.add(level)
         if level == 0 and tier.memory:
             entry.tensor = tier.backend.get(entry.key)
+            entry.seen = _writes(entry.tensor)
 
     def drop(self, entry: Entry, level: int) -> None:
         """Delete one copy and give its bytes back."""
@@ -202,7 +214,7 @@ class Residency:
         tier.policy.remove(entry.key)
         tier.ledger.release(entry.nbytes)
         if level == 0:
-            entry.tensor = entry.derived = None
+            self._let_go(entry)
         self.wake()
 
     def invalidate(self, entry: Entry, keep: int) -> None:
@@ -216,7 +228,7 @@ class Residency:
             tier.policy.remove(entry.key)
             tier.stale[entry.key] = entry.nbytes
             if level == 0:
-                entry.tensor = entry.derived = None
+                self._let_go(entry)
             if tier.memory:
                 with suppress(OSError, TierStoreError):
                     self.delete_stale(tier, entry.key)
@@ -226,6 +238,52 @@ class Residency:
         tier.backend.delete(key)
         tier.drop_stale(key)
         self.wake()
+
+    def outdate(self, entry: Entry) -> None:
+        """Make the resident copy of `entry`, which was written in place, the only valid one."""
+        entry.version += 1
+        if entry.tensor is not None:
+            entry.seen = _writes(entry.tensor)
+        self.invalidate(entry, keep=0)
+
+    def refresh(self, entry: Entry) -> None:
+        """Take note of writes to the resident value that nobody told of; before a copy of it elsewhere is taken for equal."""
+        if entry.tensor is not None and _writes(entry.tensor) != entry.seen:
+            self.outdate(entry)
+
+    # -- reads without a lease ------------------------------------------------------------------------------------
+
+    def hand_out(self, entry: Entry, handout: Handout) -> None:
+        """Let readers use the resident value of `entry` without a lease until it is withdrawn; they note its key each time."""
+        entry.handout = handout
+        self.handed_out += entry.nbytes
+
+    def withdraw(self, entry: Entry) -> bool:
+        """End what `hand_out` began, and take note of writes; False, and nothing is done, while a reader is not done yet."""
+        if entry.handout is not None:
+            if not entry.handout.withdraw():
+                return False
+            self._take_back(entry)
+        self.refresh(entry)
+        return True
+
+    def _let_go(self, entry: Entry) -> None:
+        entry.tensor, entry.shown = None, False
+        if entry.handout is not None:
+            entry.handout.forget()
+            self._take_back(entry)
+
+    def _take_back(self, entry: Entry) -> None:
+        entry.handout = None
+        self.handed_out -= entry.nbytes
+
+    def catch_up(self) -> None:
+        """Tell the policy of uses without a lease, in their order."""
+        if self.noted:
+            keys = [self.noted.popleft() for _ in range(len(self.noted))]
+            keys = [key for key in keys if key in self.entries and self.entries[key].resident]
+            self.counters.hits += len(keys)
+            self.tiers[0].policy.access_all(keys)
 
     # -- busy marks, and who waits for whom -----------------------------------------------------------------------------
 
@@ -257,3 +315,8 @@ class Residency:
         """Let every waiting thread look again. Until it has, it does not count as waiting in vain."""
         self._waiting.clear()
         self.lock.notify_all()
+
+
+def _writes(tensor: torch.Tensor) -> int:
+    """Return torch's count of writes to `tensor`; a tensor made in inference mode has none."""
+    return 0 if tensor.is_inference() else tensor._version

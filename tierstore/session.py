@@ -130,7 +130,7 @@ class Tiered:
 
     def offload(self, module: torch.nn.Module) -> None:
         """Take the weights of `module` out of the fast tier; they come back when they are used."""
-        self._attachment.release_all_held()
+        self._attachment.release_held(module)
         self.store.offload(self._attachment.keys_of(module))
 
     def resize(self, *, gpu: Size | None = None, cpu: Size | None = None) -> None:
@@ -142,7 +142,7 @@ class Tiered:
                 raise TierStoreError(f"there is no tier called {name!r} to resize; it has {[t.name for t in self.store.tiers]}")
             budget = parse_size(size)
             if name == self.store.tiers[0].name and self.store.tiers[0].ledger.used > budget:
-                self._attachment.release_all_held()
+                self._attachment.release_held()
             self.store.resize(name, budget)
 
     def __repr__(self) -> str:

@@ -148,12 +148,12 @@ class TieredStore:
             return self._background.submit(self._prefetch, entries)
 
     def offload(self, keys: str | Iterable[str]) -> None:
-        """Take values out of the fastest tier, writing down what only lies there; leased ones stay."""
+        """Take values out of the fastest tier, writing down what only lies there; leased ones, and those being read, stay."""
         names = [keys] if isinstance(keys, str) else list(keys)  # outside the lock: a generator may ask this store
         with self._lock:
             for key in names:
                 entry = self._moves.idle_entry(key)
-                if entry.resident and not entry.leases and not self._moves.evict(entry, 0):
+                if entry.resident and not entry.leases and self._moves.withdraw(entry) and not self._moves.evict(entry, 0):
                     raise self._moves.no_room(f"offloading {entry.key!r}", entry.nbytes)
 
     def resize(self, tier: str, budget: Size | None) -> None:
@@ -210,6 +210,7 @@ class TieredStore:
     def stats(self) -> Stats:
         """Return a snapshot of bytes per tier, traffic per link, hits, misses and stalls."""
         with self._lock:
+            self._moves.catch_up()
             tiers, counters = self._moves.tiers, self._moves.counters
             return Stats(
                 tiers={t.name: TierStats(t.ledger.budget, t.ledger.used, t.ledger.peak, self._count(i)) for i, t in enumerate(tiers)},
@@ -230,6 +231,7 @@ class TieredStore:
             self._check_fits_all(self._moves.tiers[last])
             for entry in list(self._moves.entries.values()):
                 self._moves.wait_until_idle(entry)
+                self._moves.refresh(entry)
                 if last in entry.tiers or self._moves.entries.get(entry.key) is not entry:
                     continue
                 self._moves.mark_busy(entry)

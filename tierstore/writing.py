@@ -93,11 +93,6 @@ class Moves(Leasing):
             self.lock.acquire()
         self.outdate(entry)
 
-    def outdate(self, entry: Entry) -> None:
-        """Make the resident copy of `entry` the only valid one."""
-        entry.version += 1
-        self.invalidate(entry, keep=0)
-
     def no_room(self, operation: str, nbytes: int, level: int | None = None) -> BudgetError:
         """Return the error for a value that no tier, or not the one at `level`, can take."""
         tiers = self.tiers

@@ -28,6 +28,9 @@ from tierstore.spec import TensorSpec, raw_bytes, typed_view
 from tierstore.store import TieredStore
 from tierstore.writing import Moves
 
+SMALL = 64 << 10  # bytes; tensors up to this size are held where many of them take a small part of the fast tier
+_SHARE_OF_SMALL = 16  # the part is one of so many
+
 Progress = Callable[[Iterable[Region]], Iterable[Region]]
 
 
@@ -47,7 +50,8 @@ class Attachment(Host):
     """The tie between models and one store, from `attach` to `detach`.
 
     Where everything fits into the fast tier the tensors stay plain and are only counted ("held"): no wrapper, no scope, no
-    cost. `headroom` is the largest number of bytes that one operation has needed or may need at once.
+    cost. Where it does not, the small ones are held, as long as they take a small part of that tier together. `headroom` is
+    the largest number of bytes that one operation has needed or may need at once.
     """
 
     def __init__(self, store: TieredStore, device: torch.device) -> None:
@@ -57,6 +61,7 @@ class Attachment(Host):
         self.roots: dict[str, torch.nn.Module] = {}
         self._regions: list[Region] = []
         self._held: dict[Region, Entry] = {}
+        self.holds_all = True
         self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._sources: weakref.WeakSet[EntrySource] = weakref.WeakSet()
         self._bound: set[int] = set()
@@ -106,23 +111,35 @@ class Attachment(Host):
     def _take(self, regions: list[Region], modules: Iterable[torch.nn.Module], progress: Progress) -> None:
         budget = self.moves.tiers[0].ledger.budget
         total = sum(region.spec.nbytes for region in (*self._regions, *regions))
-        held = not self._regions or bool(self._held)
-        held = held and (budget is None or total <= budget)
+        if self.holds_all and budget is not None and total > budget:
+            self.holds_all = False
+            self.release_held()
+        self._raise_headroom(regions)
         self._regions += regions
         self._bound.update(id(binding.tensor) for region in regions for binding in region.bindings)
-        if not held:
-            self._raise_headroom(regions)
-            self.release_all_held()
-        for region in progress(regions):
-            if held:
-                self._hold(region)
-            else:
+        stay = self._staying(regions)
+        for region in progress([*stay, *(region for region in regions if region not in stay)]):
+            if region not in stay or not self._hold(region):
                 self._tier(region)
         for root in modules:
             for module in root.modules():
                 self._modules.add(module)
-                if not held:
+                if not self.holds_all:
                     install_scope(module, self)
+
+    def _staying(self, regions: list[Region]) -> dict[Region, None]:
+        """Return those of `regions` that are held, smallest first."""
+        budget = self.moves.tiers[0].ledger.budget
+        if self.holds_all or budget is None:
+            return dict.fromkeys(regions)
+        room = min(budget // _SHARE_OF_SMALL, budget - 2 * self.headroom) - sum(entry.nbytes for entry in self._held.values())
+        stay: dict[Region, None] = {}
+        for region in sorted(regions, key=lambda region: region.spec.nbytes):
+            room -= region.spec.nbytes
+            if region.spec.nbytes > SMALL or room < 0:
+                break
+            stay[region] = None
+        return stay
 
     def _raise_headroom(self, regions: list[Region]) -> None:
         owned: dict[str, int] = {}
@@ -136,19 +153,27 @@ class Attachment(Host):
         assert region.base is not None
         source = self.adopt(region.name, region.base)
         region.base = None
+        self._wrap_all(region, source)
+
+    def _wrap_all(self, region: Region, source: EntrySource) -> None:
         for binding in region.bindings:
             self._wrap(binding, source)
+        if region.lone_buffer and region.spec.nbytes <= SMALL:
+            region.bindings[0].tensor._copied = True  # type: ignore[attr-defined]
 
     def _wrap(self, binding: Binding, source: EntrySource) -> None:
         tensor = binding.tensor
         wrapper = tiered_class(binding.kind).wrap(source, self.device, binding.geometry, requires_grad=tensor.requires_grad)
         replace_content(tensor, wrapper)
 
-    def _hold(self, region: Region) -> None:
-        """Keep a region plain and resident for good, on the compute device, counted in the fast tier."""
+    def _hold(self, region: Region) -> bool:
+        """Keep a region plain and resident for good, on the compute device, counted in the fast tier; False if there is no room."""
         assert region.base is not None
         base = region.base
         tier = self.moves.tiers[0]
+        with self.moves.lock:
+            if not self.moves.make_room(0, region.spec.nbytes):
+                return False
         with torch.inference_mode(False), torch.no_grad():
             if base.device != self.device:
                 base = typed_view(raw_bytes(base).to(self.device), region.spec)
@@ -156,33 +181,33 @@ class Attachment(Host):
                     move_plain(binding.tensor, typed_part(base, binding.geometry.spec, binding.geometry.offset))
         with self.moves.lock:
             entry = Entry(self._free_key(region.name), region.spec)
-            assert tier.ledger.reserve(entry.nbytes), "held tensors were checked to fit"
             tier.backend.adopt(entry.key, base)  # type: ignore[attr-defined]
             self.moves.entries[entry.key] = entry
             self.moves.added(entry, 0)
             self.moves.hold(entry)
         region.base = None
         self._held[region] = entry
+        return True
 
-    def release_all_held(self) -> None:
-        """Turn held regions into tiered ones: not everything fits any more."""
+    def release_held(self, module: torch.nn.Module | None = None) -> None:
+        """Turn held regions into tiered ones, all or those of `module`: they must be able to leave."""
+        named = None if module is None else {id(tensor) for _, tensor in named_tensors({"": module})}
         for region, entry in list(self._held.items()):
+            if named is not None and named.isdisjoint(id(binding.tensor) for binding in region.bindings):
+                continue
+            self.holds_all = False
             del self._held[region]
             source = EntrySource(self, entry)
             self._sources.add(source)
-            for binding in region.bindings:
-                self._wrap(binding, source)
+            self._wrap_all(region, source)
             with self.moves.lock:
                 self.moves.unhold(entry)
-        for module in self._modules:
-            install_scope(module, self)
+        if not self.holds_all:
+            for module in self._modules:
+                install_scope(module, self)
 
     def has(self, module: torch.nn.Module) -> bool:
         return module in self._modules
-
-    @property
-    def holds_all(self) -> bool:
-        return bool(self._held)
 
     # -- while attached -----------------------------------------------------------------------------------------
 
@@ -204,13 +229,31 @@ class Attachment(Host):
             key = f"{name}#{number}"
         return key
 
+    def lease(self, entries: list[Entry], operation: object) -> bool:
+        try:
+            self._lease(entries, operation)
+        except BudgetError:
+            if not self._held:
+                raise
+            self.release_held()
+            self._lease(entries, operation)
+            return True
+        return False
+
+    def _lease(self, entries: list[Entry], operation: object) -> None:
+        moves = self.moves
+        with moves.lock:
+            if len(entries) == 1 and moves.lease_resident(entries[0], 0):
+                moves.pump()  # not when the lease ends: who ends it still refers to what has to leave
+            else:
+                moves.acquire(entries, operation)
+
     def copy_out(self, source: Source) -> torch.Tensor:
         mapped = self._mapped(source)
         if mapped is not None:
             return mapped
         entries = list(source.entries())
-        with self.moves.lock:
-            self.moves.acquire(entries, "reading")
+        self.lease(entries, "reading")
         try:
             plain = source.read()
             with torch.inference_mode(False), torch.no_grad():
@@ -226,6 +269,7 @@ class Attachment(Host):
         entry = source.entry
         with self.moves.lock:
             self.moves.wait_until_idle(entry)
+            self.moves.refresh(entry)
             for level in sorted(entry.tiers):
                 if isinstance(self.moves.tiers[level].backend, MappedBackend):
                     return self.moves.tiers[level].backend.get(entry.key)
@@ -325,6 +369,8 @@ class Attachment(Host):
         errors = self._settle_sources(bindings)
         for region, entry in self._held.items():
             give_back_held(region, entry)
+            with self.moves.lock:
+                self.moves.unhold(entry)
         self._held = {}
         left = {id(binding) for binding in bindings if not restore_binding(binding)}
         self._regions = [region for region in self._regions if any(id(binding) in left for binding in region.bindings)]

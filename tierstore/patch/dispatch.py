@@ -161,6 +161,8 @@ def _compute(func: Any, op: Op, args: Args, kwargs: Kwargs) -> Any:
     for wrapper in written:
         wrapper._source.before_write()
     held = _acquire(wrappers, func)
+    if held is None:
+        return _compute(func, op, args, kwargs)
     try:
         plain = {id(wrapper): wrapper.show(wrapper._source.read()) for wrapper in wrappers}
         if op.custom:
@@ -213,8 +215,8 @@ def _rewrap(result: Any, wrappers: dict[int, Wrapper]) -> Any:
     return result
 
 
-def _acquire(wrappers: list[Wrapper], func: Any) -> dict[Host, list[Entry]]:
-    """Lease all entries behind `wrappers`, per store at once; return what to give back."""
+def _acquire(wrappers: list[Wrapper], func: Any) -> dict[Host, list[Entry]] | None:
+    """Lease all entries behind `wrappers`, per store at once; return what to give back, or None if there may be more wrappers now."""
     wanted: dict[Host, list[Entry]] = {}
     for wrapper in wrappers:
         source = wrapper._source
@@ -225,16 +227,13 @@ def _acquire(wrappers: list[Wrapper], func: Any) -> dict[Host, list[Entry]]:
     try:
         for host, entries in wanted.items():
             host.worked_on(sum(entry.nbytes for entry in entries))
-            moves = host.store.moves
-            with moves.lock:
-                short = len(entries) == 1 and moves.lease_resident(entries[0], 0)
-                if not short:
-                    moves.acquire(entries, func)
-                held[host] = entries
-                for entry in entries:
-                    entry.looked_up = entry.looked_up or False
-                if short:
-                    moves.pump()  # not when the leases end: this frame would still refer to what has to leave
+            changed = host.lease(entries, func)
+            held[host] = entries
+            if changed:
+                _release(held)
+                return None
+            for entry in entries:
+                entry.looked_up = entry.looked_up or False
     except BaseException:
         _release(held)
         raise

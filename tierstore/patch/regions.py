@@ -38,6 +38,13 @@ class Region:
     def name(self) -> str:
         return self.bindings[0].names[0]
 
+    @property
+    def lone_buffer(self) -> bool:
+        """True for a tensor without gradient that has one name and shares its memory with no other."""
+        tensor = self.bindings[0].tensor
+        alone = len(self.bindings) == 1 and len(self.bindings[0].names) == 1
+        return alone and not tensor.requires_grad and not isinstance(tensor, torch.nn.Parameter)
+
 
 def named_tensors(roots: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every parameter and buffer under each name it has, ties included."""

@@ -4,7 +4,8 @@
 A TieredTensor is always right, and pays for it at every operation. Without gradients nothing is saved for backward, so a
 module that is being called may as well hold plain tensors: the scope leases each parameter when it is first read and
 gives all of them back when the call ends. It does so only while enough of the budget stays free of leases for the
-largest single operation; else, and whenever gradients are on, the TieredTensor itself is handed out.
+largest single operation; else, and whenever gradients are on, the TieredTensor itself is handed out. What stays resident
+is soon read without a lease (see `handout`), so that a call of its module only notes that it was used.
 
 A scope is entered through `module._compiled_call_impl`, which `Module.__call__` looks up, which copies and pickles leave
 out by themselves, and which dynamo steps over: inside a compiled block there are no scopes, and graphs take TieredTensors
@@ -14,19 +15,24 @@ as inputs.
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
 from collections.abc import Iterable
+from threading import get_ident
 from typing import Any, Protocol
 
 import torch
+from torch import is_grad_enabled
+from torch.compiler import is_compiling
 
 from tierstore.entry import Entry
+from tierstore.patch.buffers import BufferCopies, ScopedBuffers, copied_for_calls
+from tierstore.patch.handout import ReadableParameter, ResidentParameter, resident_parameter
 from tierstore.patch.lookup import LARGE
 from tierstore.patch.source import EntrySource
-from tierstore.patch.swap import own_attributes
 from tierstore.patch.tensor import TieredTensor
 from tierstore.writing import Moves
+
+_MOST_NOTED = 512  # uses without a lease that are told to the policy at once
 
 
 class Room(Protocol):
@@ -39,44 +45,62 @@ class Room(Protocol):
 
 
 class Scope:
-    """The calls that are inside one module now, at most one frame a thread (a re-entrant call shares the outer one)."""
+    """The calls that are inside one module now, at most one frame a thread (a re-entrant call shares the outer one).
+
+    `inside` has the threads of these calls, each with its frame once it has leased something.
+    """
 
     def __init__(self, module: torch.nn.Module, room: Room) -> None:
+        self.inside: dict[int, Frame | None] = {}
+        self.noted = room.moves.noted
+        self.copies_buffers = False
         self._module = weakref.ref(module)
         self._room = room
-        self._frames: dict[int, Frame] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self._module()
-        assert module is not None
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        thread = threading.get_ident()
-        if thread in self._frames:
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        frame = self._frames[thread] = Frame(self._room)
+        call = self._module()._call_impl  # type: ignore[union-attr]
+        if (is_grad_enabled() and not self.copies_buffers) or is_compiling():
+            return call(*args, **kwargs)
+        thread, inside = get_ident(), self.inside
+        if thread in inside:
+            return call(*args, **kwargs)
+        inside[thread] = None
         try:
-            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return call(*args, **kwargs)
         finally:
-            del self._frames[thread]
-            frame.close()
+            frame = inside.pop(thread)
+            if frame is not None:
+                frame.close()
+            elif len(self.noted) > _MOST_NOTED:
+                with self._room.moves.lock:
+                    self._room.moves.catch_up()
 
     def read(self, value: TieredTensor, neighbours: Iterable[object]) -> torch.Tensor:
-        """Return what a reader of the attribute gets now: a plain tensor inside a call of this thread, else `value`."""
-        frame = self._frames.get(threading.get_ident())
-        return value if frame is None else frame.hand_out(value, neighbours)
+        """Return the plain tensor of `value` if it can be leased for this thread's call, else `value`."""
+        return self._frame().hand_out(value, neighbours)
+
+    def copies(self) -> BufferCopies | None:
+        """Return the buffers of this thread's call; None outside of one, and inside a compiler."""
+        return None if get_ident() not in self.inside or is_compiling() else self._frame().copies
+
+    def _frame(self) -> Frame:
+        thread = get_ident()
+        frame = self.inside[thread]
+        if frame is None:
+            frame = self.inside[thread] = Frame(self._room)
+        return frame
 
 
 class Frame:
-    """The leases of one call, and what was handed out under them."""
+    """The leases of one call, and what was handed out under them; and its buffers."""
 
-    __slots__ = ("_entries", "_plain", "_room", "_versions")
+    __slots__ = ("_entries", "_plain", "_room", "copies")
 
     def __init__(self, room: Room) -> None:
+        self.copies = BufferCopies()
         self._room = room
         self._plain: dict[int, ResidentParameter] = {}  # by the id of the TieredTensor
-        self._entries: list[Entry] = []
-        self._versions: list[int] = []
+        self._entries: list[Entry] = []  # in the same order
 
     def hand_out(self, value: TieredTensor, neighbours: Iterable[object]) -> torch.Tensor:
         """Lease `value`'s entry and return the plain tensor in its place; `value` itself where that cannot be.
@@ -95,39 +119,57 @@ class Frame:
             resident = moves.lease_resident(entry, room.headroom)
             if not resident and not moves.acquire([entry], "a module scope", headroom=room.headroom, wait=False):
                 return value
-            plain = self._note(entry, value)
+            plain = self._show(entry, value)
             if len(self._entries) == 1:
                 self._lease_resident(neighbours)
         return plain
 
     def _lease_resident(self, values: Iterable[object]) -> None:
         for value in values:
-            if type(value) is TieredTensor and id(value) not in self._plain:
+            if type(value) is TieredTensor and id(value) not in self._plain and value._kept is None:
                 entry = _entry_behind(value)
                 if entry is not None and self._room.moves.lease_resident(entry, self._room.headroom):
-                    self._note(entry, value)
+                    self._show(entry, value)
 
-    def _note(self, entry: Entry, value: TieredTensor) -> ResidentParameter:
-        plain = self._plain[id(value)] = _plain_of(entry, value)
+    def _show(self, entry: Entry, value: TieredTensor) -> ResidentParameter:
+        handout = entry.handout
+        kept = handout.stands_for(value) if isinstance(handout, ReadableParameter) else None
+        assert entry.tensor is not None
+        plain = self._plain[id(value)] = resident_parameter(entry.tensor, value) if kept is None else kept
         self._entries.append(entry)
-        self._versions.append(plain._version)
         return plain
 
     def close(self) -> None:
         """Record what was written in place and give the leases back."""
+        try:
+            self.copies.write_back()
+        finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
         if not self._entries:
             return
         moves = self._room.moves
         with moves.lock:
-            plain: ResidentParameter | None
-            for entry, plain, version in zip(self._entries, self._plain.values(), self._versions, strict=True):
-                if plain._version != version:
-                    plain._tiered._source.forget_snapshot()
-                    moves.outdate(entry)
+            for entry, identity in zip(self._entries, list(self._plain), strict=True):
+                moves.refresh(entry)
+                self._keep(entry, ReadableParameter(self._plain.pop(identity)))  # or it would live on when it has to leave
             moves.release(self._entries)
-            plain = None
-            self._plain.clear()  # or what leaves now would live on, and the new value beside it
             moves.pump()
+
+    def _keep(self, entry: Entry, handout: ReadableParameter) -> None:
+        """Hand the plain tensor out for good from its second call on, in one stay in the fast tier, if nobody has it now.
+
+        What is streamed is used once, and then keeping it would only scatter small objects over the heap.
+        """
+        moves, room = self._room.moves, self._room
+        if not entry.shown:
+            entry.shown = True
+        elif handout.equals(entry.handout):
+            return
+        elif moves.withdraw(entry) and moves.may_hand_out(entry.nbytes, room.headroom) and not handout.used():
+            moves.hand_out(entry, handout)
+            handout.give()
 
 
 def _entry_behind(value: TieredTensor) -> Entry | None:
@@ -136,39 +178,6 @@ def _entry_behind(value: TieredTensor) -> Entry | None:
     if value._whole and type(source) is EntrySource and source.settled is None and not source.has_pending_copies:
         return source.entry
     return None
-
-
-class ResidentParameter(torch.nn.Parameter):
-    """A parameter over resident bytes. `.data`, whose writes leave no trace, leads to the TieredTensor instead."""
-
-    _tiered: TieredTensor
-
-    @property
-    def data(self) -> torch.Tensor:
-        return self._tiered.data
-
-    @data.setter
-    def data(self, value: torch.Tensor) -> None:
-        self._tiered.data = value
-
-
-def _plain_of(entry: Entry, value: TieredTensor) -> ResidentParameter:
-    """Return the plain Parameter over the resident bytes; kept for later from its second use in one stay in the fast tier.
-
-    What is streamed is used once, and then keeping it would only scatter small objects over the heap.
-    It must not be a view and must have the same `requires_grad`: `matmul` folds differently otherwise, and the last bit
-    changes.
-    """
-    cached = entry.derived
-    if isinstance(cached, ResidentParameter) and cached._tiered is value and cached.requires_grad == value.requires_grad:
-        return cached
-    assert entry.tensor is not None
-    with torch.inference_mode(False):
-        plain: ResidentParameter = torch.Tensor._make_subclass(ResidentParameter, entry.tensor, value.requires_grad)
-    plain.__dict__.update(own_attributes(value))
-    plain._tiered = value
-    entry.derived = True if entry.derived is None else plain
-    return plain
 
 
 class ScopedParameters(dict[str, Any]):
@@ -181,12 +190,20 @@ class ScopedParameters(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         value = dict.__getitem__(self, name)
-        if type(value) is not TieredTensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        scope = self.scope
+        if not scope.inside or type(value) is not TieredTensor or is_grad_enabled() or is_compiling():
             return value  # a Parameter subclass stays wrapped too: readers may test for its class
-        return self.scope.read(value, self.values())
+        if get_ident() not in scope.inside:
+            return value
+        plain: ResidentParameter | None = value._kept
+        if plain is None:
+            return scope.read(value, self.values())
+        scope.noted.append(plain._key)
+        return plain
 
     def __setitem__(self, name: str, value: Any) -> None:
-        dict.__setitem__(self, name, value._tiered if isinstance(value, ResidentParameter) else value)
+        behind = value._tiered() if isinstance(value, ResidentParameter) else None
+        dict.__setitem__(self, name, value if behind is None else behind)
 
     def __reduce__(self) -> Any:
         return dict, (dict(self.items()),)
@@ -196,21 +213,27 @@ class ScopedParameters(dict[str, Any]):
 
 
 def install_scope(module: torch.nn.Module, room: Room) -> None:
-    """Give `module` a scope, unless it compiled its own call."""
-    if module._compiled_call_impl is not None or isinstance(module._parameters, ScopedParameters) or not module._parameters:
+    """Give `module` a scope, unless it compiled its own call or has nothing to read."""
+    scope = module._compiled_call_impl
+    if scope is None and (module._parameters or module._buffers):
+        scope = module.__dict__["_compiled_call_impl"] = Scope(module, room)
+    if not isinstance(scope, Scope):
         return
-    scope = Scope(module, room)
-    module.__dict__["_parameters"] = ScopedParameters(module._parameters, scope)
-    module.__dict__["_compiled_call_impl"] = scope
+    if module._parameters and not isinstance(module._parameters, ScopedParameters):
+        module.__dict__["_parameters"] = ScopedParameters(module._parameters, scope)
+    if any(map(copied_for_calls, module._buffers.values())) and not isinstance(module._buffers, ScopedBuffers):
+        scope.copies_buffers = True
+        module.__dict__["_buffers"] = ScopedBuffers(module._buffers, scope)
 
 
 def remove_scope(module: torch.nn.Module) -> None:
-    """Put the module's own dict back, with the entries as they are now."""
-    scoped = module._parameters
-    if isinstance(scoped, ScopedParameters):
-        original = scoped.original
-        original.clear()
-        original.update(scoped.items())
-        module.__dict__["_parameters"] = original
+    """Put the module's own dicts back, with the entries as they are now."""
+    for name in ("_parameters", "_buffers"):
+        scoped = module.__dict__[name]
+        if isinstance(scoped, ScopedParameters | ScopedBuffers):
+            original = scoped.original
+            original.clear()
+            original.update(scoped.items())
+            module.__dict__[name] = original
     if isinstance(module._compiled_call_impl, Scope):
         del module.__dict__["_compiled_call_impl"]

@@ -24,7 +24,7 @@ class Source(ABC):
         self.spec = spec
         self.settled: torch.Tensor | None = None
         self._copies: weakref.WeakSet[CopySource] | None = None  # made when needed: most sources have none
-        self._saved: weakref.ref[torch.UntypedStorage] | None = None
+        self._saved: tuple[weakref.ref[torch.UntypedStorage], int] | None = None  # and the version that it is a copy of
 
     @abstractmethod
     def entries(self) -> Iterable[Entry]:
@@ -53,6 +53,10 @@ class Source(ABC):
             self._copies = weakref.WeakSet()
         self._copies.add(copy)
 
+    @abstractmethod
+    def version(self) -> int:
+        """Return a number that grows when the bytes are written to."""
+
     @property
     def has_pending_copies(self) -> bool:
         return self._copies is not None and len(self._copies) > 0
@@ -77,11 +81,11 @@ class Source(ABC):
         """
         if self.settled is not None:
             return self.settled
-        storage = self._saved() if self._saved is not None else None
+        version = self.version()
+        storage = self._saved[0]() if self._saved is not None and self._saved[1] == version else None
         if storage is None:
             plain = self.host.copy_out(self)
-            storage = plain.untyped_storage()
-            self._saved = weakref.ref(storage)
+            self._saved = weakref.ref(plain.untyped_storage()), version
             return plain
         return torch.empty(0, dtype=self.spec.dtype, device=storage.device).set_(storage, 0, self.spec.shape, self.spec.stride)
 
@@ -94,6 +98,13 @@ class Host(ABC):
     @abstractmethod
     def adopt(self, name: str, tensor: torch.Tensor) -> EntrySource:
         """Put a plain tensor into the store and return what stands for it."""
+
+    @abstractmethod
+    def lease(self, entries: list[Entry], operation: object) -> bool:
+        """Make all entries resident and lease them; `BudgetError` if they cannot fit.
+
+        True if tensors that were held plain had to become TieredTensors to make room.
+        """
 
     @abstractmethod
     def copy_out(self, source: Source) -> torch.Tensor:
@@ -132,6 +143,22 @@ class EntrySource(Source):
 
     def entries(self) -> Iterable[Entry]:
         return () if self.settled is not None else (self.entry,)
+
+    def copied_lazily(self, copy: CopySource) -> None:
+        """Remember a copy that waits, unless somebody has the plain tensor: whose writes would come without a warning."""
+        super().copied_lazily(copy)
+        moves = self._host.store.moves
+        with moves.lock:
+            apart = not self.entry.leases and moves.withdraw(self.entry)
+        if not apart:
+            copy.materialise()
+
+    def version(self) -> int:
+        if self.settled is None:
+            moves = self._host.store.moves
+            with moves.lock:
+                moves.refresh(self.entry)
+        return self.entry.version
 
     def read(self) -> torch.Tensor:
         tensor = self.settled if self.settled is not None else self.entry.tensor
@@ -185,6 +212,9 @@ class CopySource(Source):
     def chain(self) -> Iterable[Source]:
         return (self, self._behind())
 
+    def version(self) -> int:
+        return self._behind().version()
+
     def materialise(self) -> None:
         """Compute the copy and give it an entry of its own."""
         if self._own is None and self.settled is None:
@@ -222,6 +252,9 @@ class SettledSource(Source):
     def read(self) -> torch.Tensor:
         assert self.settled is not None
         return self.settled
+
+    def version(self) -> int:
+        return 0
 
     def after_write(self) -> None:
         pass

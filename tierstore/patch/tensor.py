@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 
@@ -30,6 +30,8 @@ class TieredTensor(Wrapper):
     """
 
     stands_for: ClassVar[type[torch.Tensor]] = torch.nn.Parameter
+    _copied = False  # a small buffer, of which each call of its module has a plain copy
+    _kept: Any = None  # the plain tensor that stays for readers without a lease
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -49,11 +51,10 @@ class TieredTensor(Wrapper):
         source = self._source
         if source.settled is not None:
             return self.show(source.settled)
-        moves, entries = source.host.store.moves, list(source.entries())
+        entries = list(source.entries())
         source.host.worked_on(0)
         with shielded():  # compilers ask under a mode that would turn the bytes into fake ones
-            with moves.lock:
-                moves.acquire(entries, "a compiled graph")
+            source.host.lease(entries, "a compiled graph")
             alias = self.show(source.read()).detach()
         weakref.finalize(alias, source.host.release_later, entries, threading.get_ident()).atexit = False
         return alias
@@ -79,6 +80,19 @@ class TieredTensor(Wrapper):
         else:
             source, geometry = self._source.host.adopt(self._source.name, value), None
         replace_content(self, type(self).wrap(source, self.device, geometry, requires_grad=self.requires_grad))
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        self._kept = None  # the plain tensor must have the same flag; the next reader makes another one
+        super().requires_grad_(requires_grad)
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        return super().requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
 
     def numpy(self, *, force: bool = False) -> Any:
         """Return a copy as a numpy array; what is written to it does not come back."""

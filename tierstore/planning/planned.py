@@ -47,17 +47,36 @@ class Schedule:
 
     def seen(self, key: str) -> None:
         """Record a use."""
-        predictor = self.predictor
-        expected = predictor.see(key)
+        expected = self.predictor.see(key)
         if not expected:
             self._considered = None
         for lane in self._upper:
             lane.passed(key, expected=expected)
         if expected:
-            self._until_check -= 1
-            period = predictor.period
-            if period is not None and (period != self._considered or (self._until_check <= 0 and self._squeezed)):
-                self._consider(period)
+            self._went_on(1)
+
+    def seen_all(self, keys: list[str]) -> None:
+        """Record several uses: faster where they were expected."""
+        if self.predictor.erratic:
+            keys = [key for key in keys if key not in self.predictor.erratic]
+        start = 0
+        while start < len(keys):
+            some = keys[start : start + (self.predictor.period or 1)]
+            if self.predictor.see_expected(some):
+                for lane in self._upper:
+                    lane.passed_all(some)
+                self._went_on(len(some))
+            else:
+                for key in some:
+                    self.seen(key)
+            start += len(some)
+
+    def _went_on(self, count: int) -> None:
+        """As many uses were expected: look whether it is time for another plan."""
+        self._until_check -= count
+        period = self.predictor.period
+        if period is not None and (period != self._considered or (self._until_check <= 0 and self._squeezed)):
+            self._consider(period)
 
     def rest(self, key: str) -> int | None:
         """Return the level in which the plan keeps `key`; None if it says nothing."""
@@ -181,6 +200,16 @@ class Lane(Foresight):
             self._served.add(key)
             self._spent[key] = None
 
+    def access_all(self, keys: list[str]) -> None:
+        if self._level:
+            super().access_all(keys)
+            return
+        for key in keys:
+            self._present.move_to_end(key)
+            if key in self._unplanned:
+                self._online.access(key)
+        self._schedule.seen_all(keys)
+
     def remove(self, key: str) -> None:
         if key in self._unplanned:
             self._unplanned.discard(key)
@@ -261,6 +290,18 @@ class Lane(Foresight):
                 self._frontier = predictor.pointer
         if key in self._present:
             self._sort(key)
+
+    def passed_all(self, keys: list[str]) -> None:
+        """Uses were seen, all of them expected."""
+        self._served.difference_update(keys)
+        for _ in keys:
+            if not self._window:
+                self._frontier = self._schedule.predictor.pointer
+                break
+            self._leave_window()
+        for key in keys:
+            if key in self._present:
+                self._sort(key)
 
     def sort_out(self) -> None:
         """Another plan holds: sort every key anew."""

@@ -11,7 +11,7 @@ from tierstore.planning.plan import Plan
 class Policy(ABC):
     """Orders the keys of one tier by how soon they should leave it.
 
-    Every use of a key is told exactly once, by `access`: in the fastest tier by whoever asked for it, in others by the tier
+    Every use of a key is told exactly once, by `access` or `access_all`: in the fastest tier by whoever asked for it, in others by the tier
     above. Where the use brought the key in, `insert` comes first and `access` right after it; a prefetch is an `insert` alone.
     A policy only orders: nothing is refused admission, so what it would not have admitted is its first victim. It is not told
     the tier's size; one that needs it takes the most bytes it saw at once.
@@ -26,6 +26,11 @@ class Policy(ABC):
     @abstractmethod
     def access(self, key: str) -> None:
         """`key`, which is in the tier, is used."""
+
+    def access_all(self, keys: list[str]) -> None:
+        """`keys`, all of them in the tier, were used in this order."""
+        for key in keys:
+            self.access(key)
 
     @abstractmethod
     def remove(self, key: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 
 _CONTEXT = 32  # how many accesses before two occurrences of a key are compared to choose between them
 _CANDIDATES = 32  # how many occurrences are compared
@@ -83,6 +84,21 @@ class Predictor:
         self.matched = 0
         self.pointer = self._resume()
         return False
+
+    def see_expected(self, keys: list[str]) -> bool:
+        """Record several accesses at once, none of them erratic, if each is the expected one; else do nothing and return False."""
+        start, count = len(self.history), len(keys)
+        if self.pointer is None or start + count >= 2 * self._limit:
+            return False
+        if self.history[self.pointer + 1 : self.pointer + 1 + count] != keys:
+            return False
+        self.history += keys
+        self._previous += map(self._latest.get, keys, repeat(-1))  # of a key that occurs twice here both see the same one
+        self._latest.update(zip(keys, range(start, start + count), strict=True))
+        self.pointer += count
+        self.matched += count
+        self._seen += count
+        return True
 
     def _expected(self) -> str | None:
         """Return the key after the pointer, which skips erratic ones."""

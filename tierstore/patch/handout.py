@@ -1,0 +1,119 @@
+"""Plain tensors over resident bytes, and how long readers may use them without asking.
+
+[Note: a reference is the lease]
+A read of a weight that stays resident should cost next to nothing. So from its second read on, in one stay in the fast
+tier, the same plain tensor is handed out without a lock or a lease. Before the bytes leave, it is taken out of reach, and
+then its references are counted: those of Python, those of autograd to the tensor, and those of other tensors (views) to
+its storage. Is there one more than our own, somebody still uses it; it is put back, and something else has to leave. So
+what is in use never moves, and nobody writes to bytes that are not the store's any more. Writes in place are seen by
+torch's own count of them. How many bytes may be handed out at once is limited, so that fetches and operations always find
+room that is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from operator import gt
+from typing import Any, cast
+
+import torch
+
+from tierstore.entry import Handout
+from tierstore.patch.swap import own_attributes
+from tierstore.patch.tensor import TieredTensor
+
+
+class ResidentParameter(torch.nn.Parameter):
+    """A parameter over resident bytes. `.data`, whose writes leave no trace, leads to the TieredTensor instead."""
+
+    _tiered: weakref.ref[TieredTensor]
+    _key: str
+
+    @property
+    def data(self) -> torch.Tensor:
+        tiered = self._tiered()
+        return super().data if tiered is None else tiered.data
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        tiered = self._tiered()
+        if tiered is None:
+            torch.nn.Parameter.data.__set__(self, value)  # type: ignore[attr-defined]
+        else:
+            tiered.data = value
+
+
+def resident_parameter(tensor: torch.Tensor, value: TieredTensor) -> ResidentParameter:
+    """Return a plain Parameter over `tensor`, the resident bytes of `value`.
+
+    It must not be a view and must have the same `requires_grad`: `matmul` folds differently otherwise, and the last bit
+    changes.
+    """
+    plain = _plain_over(tensor, requires_grad=value.requires_grad)
+    plain.__dict__.update(own_attributes(value))
+    plain._tiered, plain._key = weakref.ref(value), value._source.name
+    return plain
+
+
+def _plain_over(tensor: torch.Tensor, *, requires_grad: bool) -> ResidentParameter:
+    with torch.inference_mode(False):
+        return torch.Tensor._make_subclass(ResidentParameter, tensor, requires_grad)
+
+
+class ReadableParameter:
+    """A `Handout`: reads of one TieredTensor find `plain` as its `_kept`, without a lease."""
+
+    def __init__(self, plain: ResidentParameter) -> None:
+        self._plain = plain
+
+    def stands_for(self, value: TieredTensor) -> ResidentParameter | None:
+        """Return the plain tensor if it is that of `value` as it is now."""
+        same = self._plain._tiered() is value and self._plain.requires_grad == value.requires_grad
+        return self._plain if same else None
+
+    def equals(self, other: Handout | None) -> bool:
+        """True if `other` gives readers the same tensor."""
+        return isinstance(other, ReadableParameter) and other._plain is self._plain
+
+    def give(self) -> None:
+        """Let readers have it."""
+        self._keep(self._plain)
+
+    def withdraw(self) -> bool:
+        self._keep(None)
+        if self.used():
+            self._keep(self._plain)
+            return False
+        return True
+
+    def forget(self) -> None:
+        self._keep(None)
+
+    def used(self) -> bool:
+        """True if anybody has the plain tensor or a view of it; to be asked while readers cannot get it."""
+        return any(map(gt, self.references(), _our_references()))
+
+    def references(self) -> tuple[int, ...]:
+        """Return how often the plain tensor is referred to from Python and from C++, and its storage likewise."""
+        plain = cast(Any, self._plain)  # the counters are not in torch's stubs
+        storage = plain.untyped_storage()
+        return (
+            sys.getrefcount(plain),
+            plain._use_count(),
+            torch._C._storage_Use_Count(storage._cdata),
+            sys.getrefcount(storage),
+        )
+
+    def _keep(self, plain: ResidentParameter | None) -> None:
+        value = self._plain._tiered()
+        if value is not None:
+            value._kept = plain
+
+
+@functools.cache
+def _our_references() -> tuple[int, ...]:
+    """Return the counts of a handout that nobody uses: measured, since releases of Python and torch may differ."""
+    resident = torch.zeros(1)
+    return ReadableParameter(_plain_over(resident, requires_grad=False)).references()
