@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from typing import cast
 
 import torch
 from torch.nn.modules.module import (
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from tierstore.backend import MappedBackend
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, ModelError, TierStoreError
+from tierstore.patch.handout import ResidentParameter
 from tierstore.patch.regions import Binding, Region, check_model, find_regions, named_tensors
 from tierstore.patch.restore import give_back_held, move_plain, restore_binding, settle
 from tierstore.patch.scope import install_scope, remove_scope
@@ -87,7 +89,7 @@ class Attachment(Host):
             raise
         self._handles = [
             register_module_module_registration_hook(self._module_added),
-            register_module_parameter_registration_hook(self._parameter_added),
+            register_module_parameter_registration_hook(cast(Callable[..., None], self._parameter_added)),  # it may return a tensor
         ]
 
     def _check_room(self, regions: list[Region]) -> None:
@@ -314,10 +316,16 @@ class Attachment(Host):
     def _ours(self, module: torch.nn.Module) -> bool:
         return any(isinstance(tensor, Wrapper) for _, tensor in named_tensors({"": module}))
 
-    def _parameter_added(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        """A parameter was set on one of our modules: take it too."""
-        if parameter is None or module not in self._modules or id(parameter) in self._bound:
-            return
+    def _parameter_added(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
+        """A parameter was set on one of our modules: take it too; the TieredTensor itself where its plain stand-in was set."""
+        tied = parameter.tiered if isinstance(parameter, ResidentParameter) else None
+        if tied is not None:
+            return cast(torch.nn.Parameter, tied)
+        if parameter is not None and module in self._modules and id(parameter) not in self._bound:
+            self._take_parameter(module, name, parameter)
+        return None
+
+    def _take_parameter(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
         if isinstance(parameter, Wrapper):
             self._bind(parameter, name)
         elif parameter.device.type != "meta" and not torch.nn.parameter.is_lazy(parameter):

@@ -20,7 +20,6 @@ from typing import Any, cast
 
 import torch
 
-from tierstore.entry import Handout
 from tierstore.patch.swap import own_attributes
 from tierstore.patch.tensor import TieredTensor
 
@@ -32,17 +31,20 @@ class ResidentParameter(torch.nn.Parameter):
     _key: str
 
     @property
+    def tiered(self) -> TieredTensor | None:
+        """The TieredTensor that this one stands for, as long as it exists."""
+        return self._tiered()
+
+    @property
     def data(self) -> torch.Tensor:
-        tiered = self._tiered()
-        return super().data if tiered is None else tiered.data
+        return super().data if self.tiered is None else self.tiered.data
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        tiered = self._tiered()
-        if tiered is None:
+        if self.tiered is None:
             torch.nn.Parameter.data.__set__(self, value)  # type: ignore[attr-defined]
         else:
-            tiered.data = value
+            self.tiered.data = value
 
 
 def resident_parameter(tensor: torch.Tensor, value: TieredTensor) -> ResidentParameter:
@@ -70,26 +72,26 @@ class ReadableParameter:
 
     def stands_for(self, value: TieredTensor) -> ResidentParameter | None:
         """Return the plain tensor if it is that of `value` as it is now."""
-        same = self._plain._tiered() is value and self._plain.requires_grad == value.requires_grad
+        same = self._plain.tiered is value and self._plain.requires_grad == value.requires_grad
         return self._plain if same else None
 
-    def equals(self, other: Handout | None) -> bool:
-        """True if `other` gives readers the same tensor."""
-        return isinstance(other, ReadableParameter) and other._plain is self._plain
-
     def give(self) -> None:
-        """Let readers have it."""
-        self._keep(self._plain)
+        """Let readers have it, as long as it stands for the TieredTensor as that is."""
+        value = self._plain.tiered
+        if value is not None:
+            value._kept = self.stands_for(value)
 
     def withdraw(self) -> bool:
-        self._keep(None)
+        self.forget()
         if self.used():
-            self._keep(self._plain)
+            self.give()
             return False
         return True
 
     def forget(self) -> None:
-        self._keep(None)
+        value = self._plain.tiered
+        if value is not None:
+            value._kept = None
 
     def used(self) -> bool:
         """True if anybody has the plain tensor or a view of it; to be asked while readers cannot get it."""
@@ -105,11 +107,6 @@ class ReadableParameter:
             torch._C._storage_Use_Count(storage._cdata),
             sys.getrefcount(storage),
         )
-
-    def _keep(self, plain: ResidentParameter | None) -> None:
-        value = self._plain._tiered()
-        if value is not None:
-            value._kept = plain
 
 
 @functools.cache

@@ -134,6 +134,8 @@ class Frame:
     def _show(self, entry: Entry, value: TieredTensor) -> ResidentParameter:
         handout = entry.handout
         kept = handout.stands_for(value) if isinstance(handout, ReadableParameter) else None
+        if kept is None:
+            self._room.moves.withdraw(entry)
         assert entry.tensor is not None
         plain = self._plain[id(value)] = resident_parameter(entry.tensor, value) if kept is None else kept
         self._entries.append(entry)
@@ -165,9 +167,7 @@ class Frame:
         moves, room = self._room.moves, self._room
         if not entry.shown:
             entry.shown = True
-        elif handout.equals(entry.handout):
-            return
-        elif moves.withdraw(entry) and moves.may_hand_out(entry.nbytes, room.headroom) and not handout.used():
+        elif entry.handout is None and moves.may_hand_out(entry.nbytes, room.headroom) and not handout.used():
             moves.hand_out(entry, handout)
             handout.give()
 
@@ -202,7 +202,7 @@ class ScopedParameters(dict[str, Any]):
         return plain
 
     def __setitem__(self, name: str, value: Any) -> None:
-        behind = value._tiered() if isinstance(value, ResidentParameter) else None
+        behind = value.tiered if isinstance(value, ResidentParameter) else None
         dict.__setitem__(self, name, value if behind is None else behind)
 
     def __reduce__(self) -> Any:

@@ -292,16 +292,18 @@ class Lane(Foresight):
             self._sort(key)
 
     def passed_all(self, keys: list[str]) -> None:
-        """Uses were seen, all of them expected."""
+        """Uses were seen, all of them expected: a loop over keys that mostly stay, which must cost little."""
+        plan = self._schedule.plan
         self._served.difference_update(keys)
         for _ in keys:
             if not self._window:
                 self._frontier = self._schedule.predictor.pointer
                 break
             self._leave_window()
-        for key in keys:
-            if key in self._present:
-                self._sort(key)
+        if plan is not None:
+            for key in keys:
+                if plan.rest.get(key) != self._level and key in self._present:
+                    self._sort(key)
 
     def sort_out(self) -> None:
         """Another plan holds: sort every key anew."""
@@ -328,9 +330,9 @@ class Lane(Foresight):
         self._frontier = None if self._frontier is None or self._frontier < cut else self._frontier - cut
 
     def _leave_window(self) -> None:
-        erratic = self._schedule.predictor.erratic
-        while self._window:
-            key, _ = self._window.popleft()
+        window, erratic = self._window, self._schedule.predictor.erratic
+        while window:
+            key = window.popleft()[0]
             self._uncount(key)
             if key not in erratic:
                 return
