@@ -56,6 +56,7 @@ def test_the_timeline_has_every_copy_and_the_bytes_in_each_tier(scratch: Path, t
     model = stack()
     with tiered(model, cpu="2MiB", disk=scratch) as session:
         run(session, model, 5)
+        session.store.moves.settle()  # or a fetch ahead lands between the two
         session.timeline(tmp_path / "trace.json")
         stats = session.stats()
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from tierstore.leasing import Leasing
 from tierstore.planning.planned import Schedule
 from tierstore.registry import open_backend
 from tierstore.store import TieredStore
 from tierstore.testing import DictBackend, InjectedError
 from tierstore.testing.simulated import Link, SimulatedEngine, VirtualClock
 from tierstore.tier import Tier
-from tierstore.transfer.engine import Done, Transfer
+from tierstore.transfer.engine import Arrived, Done, Transfer
 
 
 def value(key: str, nbytes: int) -> torch.Tensor:
@@ -92,13 +93,14 @@ def blocks(count: int, nbytes: int = 10) -> dict[str, int]:
     return {f"b{i}": nbytes for i in range(count)}
 
 
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("count", [40, 41, 43])
 @pytest.mark.parametrize("room", [3, 10, 20, 30, 36])
 @pytest.mark.parametrize("seconds_each", [0.25, 1.0, 2.0, 4.0])
-def test_one_link_reaches_its_bound(count: int, room: int, seconds_each: float) -> None:
+def test_one_link_reaches_its_bound(count: int, room: int, seconds_each: float, ordered: bool) -> None:
     """A pass takes no more than 1.05 times the longer of computing and copying."""
     sizes = blocks(count)
-    run = make_run(sizes, [room * 10], [10 / seconds_each])
+    run = make_run(sizes, [room * 10], [10 / seconds_each], ordered=ordered)
     took, links = run.settled(list(sizes), 1.0)
     moved = links["slow->fast"]
     assert moved <= (count - room) * 10 + 20, "more than N - C and a ring of two"
@@ -110,8 +112,8 @@ def test_a_copy_that_is_reported_too_early_is_found() -> None:
     """The defect that this file exists for, planted: values count as there when their copy has only begun."""
 
     class Hasty(SimulatedEngine):
-        def start(self, transfer: Transfer, done: Done) -> None:
-            super().start(transfer, lambda error: None)
+        def start(self, transfer: Transfer, done: Done, arrived: Arrived) -> None:
+            super().start(transfer, lambda error: None, arrived)
             done(None)
 
     run = make_run(blocks(8), [40], [1.0], engine=Hasty)
@@ -119,8 +121,17 @@ def test_a_copy_that_is_reported_too_early_is_found() -> None:
         run.use(list(run.sizes), 1.0)
 
 
+def test_a_missing_wait_for_the_device_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: who computes does not wait for a copy that counts as there already."""
+    monkeypatch.setattr(Leasing, "_wait_until_ready", lambda self, leased: None)
+    run = make_run(blocks(8), [40], [1.0], ordered=True)
+    with pytest.raises(AssertionError, match="handed out before its copy had ended"):
+        run.use(list(run.sizes), 1.0)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_any_order_sizes_and_faults(seed: int) -> None:
+def test_any_order_sizes_and_faults(seed: int, ordered: bool) -> None:
     """Loops, jumps and random order, unequal sizes, slow links and failing copies: values are right, budgets hold."""
     rng = random.Random(seed)
     sizes = {f"k{i}": rng.randrange(1, 40) for i in range(rng.randrange(5, 30))}
@@ -131,7 +142,7 @@ def test_any_order_sizes_and_faults(seed: int) -> None:
     def fault(transfer: Transfer) -> BaseException | None:
         return InjectedError(transfer.key) if rng.random() < 0.05 else None
 
-    run = make_run(sizes, budgets, [rng.choice([5.0, 50.0]) for _ in budgets], fault=fault)
+    run = make_run(sizes, budgets, [rng.choice([5.0, 50.0]) for _ in budgets], fault=fault, ordered=ordered)
     orders = [keys, keys[::-1], rng.choices(keys, k=20), keys[: len(keys) // 2] * 2]
     for _ in range(40):
         order = rng.choice(orders[:2] if rng.random() < 0.7 else orders)
@@ -141,13 +152,14 @@ def test_any_order_sizes_and_faults(seed: int) -> None:
     run.store.close()
 
 
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("count", [40, 43])
 @pytest.mark.parametrize(("fast", "mid"), [(8, 12), (10, 24), (20, 10), (4, 6)])
 @pytest.mark.parametrize(("seconds_up", "seconds_read"), [(0.5, 1.0), (1.0, 1.0), (0.25, 3.0), (1.5, 2.0)])
-def test_two_links_reach_their_bound(count: int, fast: int, mid: int, seconds_up: float, seconds_read: float) -> None:
+def test_two_links_reach_their_bound(count: int, fast: int, mid: int, seconds_up: float, seconds_read: float, ordered: bool) -> None:
     """With three tiers the two below are exclusive, and a pass takes no more than 1.05 times its slowest part."""
     sizes = blocks(count)
-    run = make_run(sizes, [fast * 10, mid * 10], [10 / seconds_up, 10 / seconds_read])
+    run = make_run(sizes, [fast * 10, mid * 10], [10 / seconds_up, 10 / seconds_read], ordered=ordered)
     run.engine.links[2, 0] = Link(10 / max(seconds_up, seconds_read))  # around the middle tier both links work
     took, moved = run.settled(list(sizes), 1.0)
     up, read = moved["mid->fast"] + moved["slow->fast"], moved["slow->mid"] + moved["slow->fast"]

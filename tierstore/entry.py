@@ -19,6 +19,19 @@ class Handout(Protocol):
         """Let no new reader have it, whoever has it."""
 
 
+class Ready(Protocol):
+    """The end of a copy on the device that may still be under way while its target is used already."""
+
+    def wait(self) -> None:
+        """Let what this thread computes from now on come after the copy; the thread itself does not wait."""
+
+    def passed(self) -> bool:
+        """True once the copy has ended."""
+
+    def retire(self) -> None:
+        """Let whatever is done with the target's memory, once it is given back, come after the copy."""
+
+
 class Entry:
     """The bytes of one key. All fields are read and changed under the store's lock only.
 
@@ -29,10 +42,15 @@ class Entry:
     `tensor`: the live tensor in level 0, while it is resident there and the tier is memory.
     `looked_up`: rows of it were read where it lies, without fetching it; None as long as nothing has been done with it.
     `seen`: torch's own count of writes to `tensor` as far as `version` knows of them.
+    `ready`: what a computation waits for before it reads `tensor`, while that may still be filled on the device.
+    `read_below`: copies under way that read the bytes in slower levels, which may not leave before.
     `handout`: what readers take of `tensor` without a lease; `shown`: it was read in this stay in level 0.
     """
 
-    __slots__ = ("busy", "handout", "key", "leases", "looked_up", "nbytes", "seen", "shown", "spec", "tensor", "tiers", "version")
+    __slots__ = (
+        "busy", "handout", "key", "leases", "looked_up", "nbytes", "read_below", "ready", "seen", "shown", "spec", "tensor", "tiers",
+        "version",
+    )  # fmt: skip
 
     def __init__(self, key: str, spec: TensorSpec) -> None:
         self.key = key
@@ -42,6 +60,8 @@ class Entry:
         self.version = 0
         self.tensor: torch.Tensor | None = None
         self.looked_up: bool | None = None
+        self.ready: Ready | None = None
+        self.read_below = 0
         self.seen = 0
         self.shown = False
         self.handout: Handout | None = None

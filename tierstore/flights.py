@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from tierstore.entry import Entry
+from tierstore.entry import Entry, Ready
 from tierstore.planning.policy import Foresight
 from tierstore.residency import Residency
 from tierstore.shield import shielded
@@ -17,17 +17,19 @@ _MUCH = 32 << 20  # bytes in flight into one tier that keep a link busy; beyond 
 
 
 class Flight:
-    """A copy on its way into a tier. Once `done`, `error` says what went wrong, if anything did."""
+    """A copy on its way into a tier. Once `done`, its value can be used, or `error` says what went wrong."""
 
-    __slots__ = ("done", "entry", "error", "outdated", "source", "started", "target", "version")
+    __slots__ = ("arrived", "done", "entry", "error", "nbytes", "outdated", "source", "started", "target", "version")
 
     def __init__(self, entry: Entry, source: int, target: int, outdated: int | None, started: float) -> None:
         self.entry = entry
         self.source = source
         self.target = target
         self.version = entry.version
+        self.nbytes = entry.nbytes
         self.started = started
         self.outdated = outdated  # bytes of the stale copy that this one replaces
+        self.arrived = False  # done before the copy has ended
         self.done = False
         self.error: BaseException | None = None
 
@@ -60,7 +62,7 @@ class Flights(Residency):
         self.lock.release()
         try:
             with shielded():
-                self.engine.start(transfer, partial(self._landed, flight))
+                self.engine.start(transfer, partial(self._landed, flight), partial(self._arrived, flight))
         except BaseException as error:
             self._landed(flight, error)
             raise
@@ -68,25 +70,44 @@ class Flights(Residency):
             self.lock.acquire()
         return flight
 
+    def _arrived(self, flight: Flight, ready: Ready) -> None:
+        """Take note of a copy whose value can be used after `ready`. Takes the lock itself."""
+        with self.lock:
+            flight.arrived = True
+            flight.entry.read_below += 1
+            self._place(flight)
+            flight.entry.ready = ready
+            flight.done = True
+            self.unmark_busy(flight.entry)
+
     def _landed(self, flight: Flight, error: BaseException | None) -> None:
         """Take note of a copy that has ended. Takes the lock itself."""
         with self.lock:
             entry, tier = flight.entry, self.tiers[flight.target]
             self._flights[flight.target] -= 1
-            self._flying[flight.target] -= entry.nbytes
-            self.link_ended(entry, (flight.source, flight.target), flight.started, 0 if error else entry.nbytes)
-            if error is None and flight.version == entry.version:
-                tier.ledger.release(flight.outdated or 0)
-                self.placed(entry, flight.target)
-                if flight.target < flight.source < len(self.tiers) - 1:
-                    self.tiers[flight.source].policy.access(entry.key)
-                self._failed.pop(entry.key, None)
+            self._flying[flight.target] -= flight.nbytes
+            self.link_ended(entry.key, (flight.source, flight.target), flight.started, 0 if error else flight.nbytes)
+            if flight.arrived:
+                entry.read_below -= 1
+                self.wake()
             else:
-                tier.policy.remove(entry.key)
-                self._undo(flight, tier, error)
-            flight.error, flight.done = error, True
-            self.unmark_busy(entry)
+                if error is None and flight.version == entry.version:
+                    self._place(flight)
+                else:
+                    tier.policy.remove(entry.key)
+                    self._undo(flight, tier, error)
+                flight.error, flight.done = error, True
+                self.unmark_busy(entry)
             self.pump()
+
+    def _place(self, flight: Flight) -> None:
+        """The target holds the value now."""
+        entry = flight.entry
+        self.tiers[flight.target].ledger.release(flight.outdated or 0)
+        self.placed(entry, flight.target)
+        if flight.target < flight.source < len(self.tiers) - 1:
+            self.tiers[flight.source].policy.access(entry.key)
+        self._failed.pop(entry.key, None)
 
     def _undo(self, flight: Flight, tier: Tier, error: BaseException | None) -> None:
         """Account for a copy that failed, or of a value that was written to meanwhile."""
@@ -112,7 +133,7 @@ class Flights(Residency):
     def settle(self) -> None:
         """Wait until no entry moves, not even one that is written down to make room for another. Takes the lock itself."""
         with self.lock:
-            while self._busy:
+            while self._busy or any(self._flights):
                 self.engine.wait(self.lock)
 
     # -- ahead of use ---------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ class Leasing(Flights):
         if started is not None:
             self._stalled(operation, started)
         try:
+            self._wait_until_ready(wanted)
             self.pump()
         except BaseException:
             self.release(wanted)
@@ -68,6 +69,8 @@ class Leasing(Flights):
         self._held[me] = self._held.get(me, 0) + entry.nbytes
         self.counters.hits += 1
         self.tiers[0].policy.access(entry.key)
+        if entry.ready is not None:
+            self._wait_until_ready([entry])
         return True
 
     def _try_acquire(self, wanted: list[Entry], headroom: int) -> bool:
@@ -99,6 +102,14 @@ class Leasing(Flights):
             self.tiers[0].ledger.release(need)
         self.release(wanted)
         return moved and self._try_acquire(wanted, headroom)
+
+    def _wait_until_ready(self, leased: list[Entry]) -> None:
+        """Let what this thread computes from now on come after the copies that fill what it leased."""
+        for entry in leased:
+            if entry.ready is not None:
+                entry.ready.wait()
+                if entry.ready.passed():
+                    entry.ready = None
 
     def _leaves(self, headroom: int, nbytes: int) -> bool:
         """True if `nbytes` more under leases leave `headroom` bytes; where it is asked for, what is handed out counts as leased."""

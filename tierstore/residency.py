@@ -122,7 +122,7 @@ class Residency:
 
     def evictable(self, entry: Entry, level: int) -> bool:
         """A busy entry never leaves; a leased one only gives up copies in slower tiers that another copy backs."""
-        if entry.busy:
+        if entry.busy or (level > 0 and entry.read_below):
             return False
         return entry.leases == 0 or (level > 0 and any(other > level for other in entry.tiers))
 
@@ -158,17 +158,17 @@ class Residency:
                 self.engine.carry(transfer)
             carried = entry.nbytes
         finally:
-            self.link_ended(entry, (source, target), started, carried)
+            self.link_ended(entry.key, (source, target), started, carried)
         if version == entry.version:
             self.added(entry, target)
         else:  # written to meanwhile through a lease
             tier.stale[entry.key] = entry.nbytes
 
-    def link_ended(self, entry: Entry, route: tuple[int, int], started: float, carried: int) -> None:
+    def link_ended(self, key: str, route: tuple[int, int], started: float, carried: int) -> None:
         """Count a copy that has ended; `carried` bytes are none if it failed."""
         now = self.engine.now()
         self.counters.link_idle(*route, now, carried)
-        self.timeline.copied(entry.key, route, carried, started, now, tuple(tier.ledger.used for tier in self.tiers))
+        self.timeline.copied(key, route, carried, started, now, tuple(tier.ledger.used for tier in self.tiers))
 
     @contextmanager
     def writing(self, tier: Tier, key: str, nbytes: int) -> Iterator[None]:
@@ -269,6 +269,9 @@ class Residency:
 
     def _let_go(self, entry: Entry) -> None:
         entry.tensor, entry.shown = None, False
+        if entry.ready is not None:
+            entry.ready.retire()
+            entry.ready = None
         if entry.handout is not None:
             entry.handout.forget()
             self._take_back(entry)

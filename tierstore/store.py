@@ -80,7 +80,7 @@ class TieredStore:
                 return tensors[0]
         with self._lock:
             entry = moves.entry(key)
-            if entry.tensor is not None and not entry.busy:
+            if entry.tensor is not None and entry.ready is None and not entry.busy:
                 moves.counters.hits += 1
                 moves.tiers[0].policy.access(key)
                 tensor = entry.tensor

@@ -15,16 +15,17 @@ import torch
 from tierstore.backend import MemoryBackend
 from tierstore.errors import TierStoreError
 from tierstore.spec import raw_bytes
-from tierstore.transfer.engine import Done, Engine, Transfer, copy_value
+from tierstore.transfer.engine import Arrived, Done, Engine, Transfer, copy_value
 
 POISON = 0xA5
 
 
 class VirtualClock:
-    """Seconds that pass only when told to, and what is due at which of them."""
+    """Seconds that pass only when told to, and what is due at which of them. `not_before`: when the next computation can begin."""
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.not_before = 0.0
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
 
@@ -35,7 +36,7 @@ class VirtualClock:
 
     def advance(self, seconds: float) -> None:
         """Let time pass, as computing does; what is due meanwhile happens."""
-        until = self.now + seconds
+        until = max(self.now, self.not_before) + seconds
         while self._due and self._due[0][0] <= until:
             self.step()
         self.now = until
@@ -59,27 +60,65 @@ class Link:
     copies: int = 0
 
 
+class OrderedCopy:
+    """A copy into `memory` that ends at `moment`: a computation that waits for it sees the value, and begins no earlier."""
+
+    def __init__(self, clock: VirtualClock, moment: float, memory: torch.Tensor, value: torch.Tensor) -> None:
+        self._clock = clock
+        self._moment = moment
+        self._memory = raw_bytes(memory)
+        self._value = raw_bytes(value)
+
+    def wait(self) -> None:
+        self._memory.copy_(self._value)
+        self._clock.not_before = max(self._clock.not_before, self._moment)
+
+    def passed(self) -> bool:
+        return self._clock.now >= self._moment
+
+    def retire(self) -> None:
+        """Memory is never used twice here."""
+
+    def end(self, done: Done) -> None:
+        self._memory.copy_(self._value)
+        done(None)
+
+
 class SimulatedEngine(Engine):
-    """Copies take the time that their link needs; `fault` may name the error with which a copy ends. For one thread only."""
+    """Copies take the time that their link needs; `fault` may name the error with which a copy ends. For one thread only.
+
+    With `ordered`, values count as there when their copy into the fastest tier has begun, as on a device that does things
+    in order: who computes waits, not who asks. Such copies do not fail.
+    """
 
     def __init__(
         self,
         clock: VirtualClock,
         links: Mapping[tuple[int, int], Link],
         fault: Callable[[Transfer], BaseException | None] = lambda transfer: None,
+        *,
+        ordered: bool = False,
     ) -> None:
         self.clock = clock
         self.links = dict(links)
         self._fault = fault
+        self._ordered = ordered
 
-    def start(self, transfer: Transfer, done: Done) -> None:
+    def start(self, transfer: Transfer, done: Done, arrived: Arrived) -> None:
         value = transfer.source.get(transfer.key).clone(memory_format=torch.preserve_format)
         target = transfer.target
+        memory: torch.Tensor | None = None
         if isinstance(target, MemoryBackend):
             memory = target.allocate(transfer.spec)
             raw_bytes(memory).fill_(POISON)
             target.adopt(transfer.key, memory)
-        self.clock.call_at(self._ends(transfer), lambda: self._end(transfer, value, done))
+        ends = self._ends(transfer)
+        if self._ordered and memory is not None and transfer.route[1] == 0:
+            copy = OrderedCopy(self.clock, ends, memory, value)
+            self.clock.call_at(ends, lambda: copy.end(done))
+            arrived(copy)
+        else:
+            self.clock.call_at(ends, lambda: self._end(transfer, value, done))
 
     def _ends(self, transfer: Transfer) -> float:
         link = self.links.setdefault(transfer.route, Link(float("inf")))

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tierstore.backend import Backend, MappedBackend, MemoryBackend
+from tierstore.entry import Ready
 from tierstore.spec import TensorSpec
 
 Done = Callable[[BaseException | None], None]
+Arrived = Callable[[Ready], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +34,12 @@ class Engine(ABC):
         """Copy now, in this thread."""
 
     @abstractmethod
-    def start(self, transfer: Transfer, done: Done) -> None:
+    def start(self, transfer: Transfer, done: Done, arrived: Arrived) -> None:
         """Copy in the background; `done` is called once, with what went wrong or None, when the target has all the bytes.
 
-        That may be from another thread, or before this returns.
+        An engine whose device does things in order may call `arrived` before that, once, when the target can be used by
+        whoever waits for what it is given; then nothing may go wrong any more. Both may be called from another thread, or
+        before this returns.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ import torch
 from tierstore.backend import FileBackend, MemoryBackend
 from tierstore.errors import CorruptionError
 from tierstore.spec import raw_bytes
-from tierstore.transfer.engine import Done, Engine, Transfer, copy_value
+from tierstore.transfer.engine import Arrived, Done, Engine, Transfer, copy_value
 from tierstore.transfer.reader import Reader
 
 _WORKERS = 4
@@ -37,7 +37,7 @@ class ThreadEngine(Engine):
     def carry(self, transfer: Transfer) -> None:
         copy_value(transfer)
 
-    def start(self, transfer: Transfer, done: Done) -> None:
+    def start(self, transfer: Transfer, done: Done, arrived: Arrived) -> None:
         source, target = transfer.source, transfer.target
         if isinstance(source, FileBackend) and isinstance(target, MemoryBackend) and target.device.type == "cpu":
             self._pool("issue", 1).submit(self._read, transfer, source, target, done)
