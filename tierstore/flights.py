@@ -39,8 +39,9 @@ class Flights(Residency):
 
     def __init__(self, tiers: Sequence[Tier], engine: Engine) -> None:
         super().__init__(tiers, engine)
-        self._flights = [0] * len(self.tiers)
+        self._flights = [0] * len(self.tiers)  # whose value cannot be used yet
         self._flying = [0] * len(self.tiers)  # bytes
+        self._ending = 0  # copies whose value can be used before they have ended
         self._failed: dict[str, BaseException] = {}  # by key; not tried ahead of use again: who needs the value meets it
         self._pumping = False
         self._foresights = [(level, tier.policy) for level, tier in enumerate(self.tiers[:-1]) if isinstance(tier.policy, Foresight)]
@@ -74,6 +75,8 @@ class Flights(Residency):
         """Take note of a copy whose value can be used after `ready`. Takes the lock itself."""
         with self.lock:
             flight.arrived = True
+            self._usable(flight)
+            self._ending += 1
             flight.entry.read_below += 1
             self._place(flight)
             flight.entry.ready = ready
@@ -84,13 +87,13 @@ class Flights(Residency):
         """Take note of a copy that has ended. Takes the lock itself."""
         with self.lock:
             entry, tier = flight.entry, self.tiers[flight.target]
-            self._flights[flight.target] -= 1
-            self._flying[flight.target] -= flight.nbytes
             self.link_ended(entry.key, (flight.source, flight.target), flight.started, 0 if error else flight.nbytes)
             if flight.arrived:
+                self._ending -= 1
                 entry.read_below -= 1
                 self.wake()
             else:
+                self._usable(flight)
                 if error is None and flight.version == entry.version:
                     self._place(flight)
                 else:
@@ -99,6 +102,11 @@ class Flights(Residency):
                 flight.error, flight.done = error, True
                 self.unmark_busy(entry)
             self.pump()
+
+    def _usable(self, flight: Flight) -> None:
+        """One flight less that keeps a link busy as far as the host knows: what is ordered on the device needs no more of it."""
+        self._flights[flight.target] -= 1
+        self._flying[flight.target] -= flight.nbytes
 
     def _place(self, flight: Flight) -> None:
         """The target holds the value now."""
@@ -133,7 +141,7 @@ class Flights(Residency):
     def settle(self) -> None:
         """Wait until no entry moves, not even one that is written down to make room for another. Takes the lock itself."""
         with self.lock:
-            while self._busy or any(self._flights):
+            while self._busy or self._ending or any(self._flights):
                 self.engine.wait(self.lock)
 
     # -- ahead of use ---------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ class Leasing(Flights):
         if started is not None:
             self._stalled(operation, started)
         try:
+            self.engine.computing()
             self._wait_until_ready(wanted)
             self.pump()
         except BaseException:
@@ -69,8 +70,9 @@ class Leasing(Flights):
         self._held[me] = self._held.get(me, 0) + entry.nbytes
         self.counters.hits += 1
         self.tiers[0].policy.access(entry.key)
+        self.engine.computing()
         if entry.ready is not None:
-            self._wait_until_ready([entry])
+            self._wait_until_ready((entry,))
         return True
 
     def _try_acquire(self, wanted: list[Entry], headroom: int) -> bool:
@@ -103,7 +105,7 @@ class Leasing(Flights):
         self.release(wanted)
         return moved and self._try_acquire(wanted, headroom)
 
-    def _wait_until_ready(self, leased: list[Entry]) -> None:
+    def _wait_until_ready(self, leased: Iterable[Entry]) -> None:
         """Let what this thread computes from now on come after the copies that fill what it leased."""
         for entry in leased:
             if entry.ready is not None:

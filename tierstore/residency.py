@@ -149,7 +149,8 @@ class Residency:
     def copy(self, entry: Entry, source: int, target: int) -> None:
         """Copy a busy entry into a tier where its bytes are reserved; gives the reservation back when it fails."""
         tier, version = self.tiers[target], entry.version
-        transfer = Transfer(entry.key, entry.spec, self.tiers[source].backend, tier.backend, (source, target))
+        ready = entry.ready if source == 0 else None
+        transfer = Transfer(entry.key, entry.spec, self.tiers[source].backend, tier.backend, (source, target), ready)
         started = self.engine.now()
         self.counters.link_busy(source, target, started)
         carried = 0
@@ -268,10 +269,12 @@ class Residency:
         return True
 
     def _let_go(self, entry: Entry) -> None:
-        entry.tensor, entry.shown = None, False
         if entry.ready is not None:
             entry.ready.retire()
             entry.ready = None
+        if entry.tensor is not None:
+            self.engine.parting(entry.tensor)  # as long as it is here nobody can have its memory again
+        entry.tensor, entry.shown = None, False
         if entry.handout is not None:
             entry.handout.forget()
             self._take_back(entry)

@@ -21,7 +21,7 @@ from tierstore.spec import TensorSpec
 from tierstore.stats import Stats, TierStats
 from tierstore.tier import Tier
 from tierstore.transfer.engine import Engine
-from tierstore.transfer.threads import ThreadEngine
+from tierstore.transfer.streams import engine_for
 from tierstore.writing import Moves
 
 
@@ -44,7 +44,7 @@ class TieredStore:
             tier.policy = make_policy()
             if isinstance(tier.policy, Foresight):
                 tier.policy.budget(tier.ledger.budget)
-        self._moves = Moves(tiers, ThreadEngine() if engine is None else engine)
+        self._moves = Moves(tiers, engine_for(tiers[0].backend) if engine is None else engine)
         self._lock = self._moves.lock
         self._background: ThreadPoolExecutor | None = None
         try:
@@ -81,6 +81,7 @@ class TieredStore:
         with self._lock:
             entry = moves.entry(key)
             if entry.tensor is not None and entry.ready is None and not entry.busy:
+                moves.engine.computing()
                 moves.counters.hits += 1
                 moves.tiers[0].policy.access(key)
                 tensor = entry.tensor
@@ -218,7 +219,7 @@ class TieredStore:
                 hits=counters.hits,
                 misses=counters.misses,
                 evictions=counters.evictions,
-                stall_seconds=counters.stall_seconds,
+                stall_seconds=counters.stall_seconds + self._moves.engine.stall_seconds(),
             )
 
     # -- the end ------------------------------------------------------------------------------------------------

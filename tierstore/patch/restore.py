@@ -35,6 +35,8 @@ def settle(store: TieredStore, source: EntrySource, device: torch.device | None)
     with moves.lock:
         moves.wait_until_idle(source.entry)
         level = min(source.entry.tiers)
+        if source.entry.ready is not None:
+            source.entry.ready.wait()
     tensor = moves.tiers[level].backend.get(source.entry.key)
     if device is not None and tensor.device != device:
         tensor = typed_view(raw_bytes(tensor).to(device), source.spec)

@@ -139,6 +139,8 @@ class SimulatedEngine(Engine):
         done(error)
 
     def carry(self, transfer: Transfer) -> None:
+        if transfer.ready is not None:
+            transfer.ready.wait()
         ends = self._ends(transfer)
         self.clock.advance(ends - self.clock.now)
         error = self._fault(transfer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
 
@@ -14,7 +14,7 @@ from tierstore.spec import raw_bytes
 from tierstore.transfer.engine import Arrived, Done, Engine, Transfer, copy_value
 from tierstore.transfer.reader import Reader
 
-_WORKERS = 4
+WORKERS = 4
 
 
 class ThreadEngine(Engine):
@@ -29,10 +29,10 @@ class ThreadEngine(Engine):
     megabytes and keep freed ones from being joined: the heap grew by 10 to 20 % of the weights (glibc).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reader: Reader | None = None) -> None:
         self._lock = threading.Lock()
         self._pools: dict[str, ThreadPoolExecutor] = {}
-        self._reader = Reader()
+        self._reader = Reader() if reader is None else reader
 
     def carry(self, transfer: Transfer) -> None:
         copy_value(transfer)
@@ -42,9 +42,9 @@ class ThreadEngine(Engine):
         if isinstance(source, FileBackend) and isinstance(target, MemoryBackend) and target.device.type == "cpu":
             self._pool("issue", 1).submit(self._read, transfer, source, target, done)
         else:
-            self._pool("copy", _WORKERS).submit(self._work, transfer, done)
+            self._pool("copy", WORKERS).submit(self._work, transfer, done)
 
-    def _pool(self, name: str, threads: int) -> ThreadPoolExecutor:
+    def _pool(self, name: str, threads: int) -> Executor:
         with self._lock:
             if name not in self._pools:
                 self._pools[name] = ThreadPoolExecutor(threads, thread_name_prefix=f"tierstore-{name}")
@@ -85,8 +85,13 @@ class ThreadEngine(Engine):
         return time.perf_counter()
 
     def close(self) -> None:
-        with self._lock:
-            pools, self._pools = list(self._pools.values()), {}
-        for pool in pools:  # before the reader, which they submit to
-            pool.shutdown(wait=True)
+        self._end("issue")  # before the reader, which it submits to
+        self._end("copy")
         self._reader.close()
+
+    def _end(self, name: str) -> None:
+        """End the threads of a pool after all that was submitted to it."""
+        with self._lock:
+            pool = self._pools.pop(name, None)
+        if pool is not None:
+            pool.shutdown(wait=True)
