@@ -15,7 +15,7 @@ import torch
 from tierstore.backend import Backend
 from tierstore.backends.disk import DiskBackend
 from tierstore.planning.planned import Schedule
-from tierstore.spec import TensorSpec, raw_bytes
+from tierstore.spec import TensorSpec
 from tierstore.store import TieredStore
 from tierstore.testing.fake_backends import FakeMemory, FakeRam, FakeSlow
 from tierstore.testing.fake_device import FakeDevice, FakeEvent, FakeStream
@@ -205,11 +205,14 @@ def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_slot_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make_room(uploads: Uploads, landing: Landing) -> torch.Tensor:
-        landing.memory, landing.owner = uploads._order.allocate(landing.target, landing.transfer.spec)
-        return raw_bytes(landing.memory)
+    really = Uploads.make_room
 
-    monkeypatch.setattr(Uploads, "_make_room", make_room)
+    def make_room(uploads: Uploads, landing: Landing) -> bool:
+        made = really(uploads, landing)
+        landing.free = uploads._stream.record()
+        return made
+
+    monkeypatch.setattr(Uploads, "make_room", make_room)
 
 
 def source_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ _MUCH = 32 << 20  # bytes in flight into one tier that keep a link busy; beyond 
 class Flight:
     """A copy on its way into a tier. Once `done`, its value can be used, or `error` says what went wrong."""
 
-    __slots__ = ("arrived", "done", "entry", "error", "nbytes", "outdated", "source", "started", "target", "version")
+    __slots__ = ("arrived", "begun", "done", "entry", "error", "nbytes", "outdated", "source", "started", "target", "version")
 
     def __init__(self, entry: Entry, source: int, target: int, outdated: int | None, started: float) -> None:
         self.entry = entry
@@ -29,6 +29,7 @@ class Flight:
         self.nbytes = entry.nbytes
         self.started = started
         self.outdated = outdated  # bytes of the stale copy that this one replaces
+        self.begun = False  # the engine has returned to whoever started it
         self.arrived = False  # done before the copy has ended
         self.done = False
         self.error: BaseException | None = None
@@ -69,6 +70,7 @@ class Flights(Residency):
             raise
         finally:
             self.lock.acquire()
+        flight.begun = True
         return flight
 
     def _arrived(self, flight: Flight, ready: Ready) -> None:
@@ -82,6 +84,8 @@ class Flights(Residency):
             flight.entry.ready = ready
             flight.done = True
             self.unmark_busy(flight.entry)
+            if flight.begun:  # else whoever started it looks for more
+                self.pump()
 
     def _landed(self, flight: Flight, error: BaseException | None) -> None:
         """Take note of a copy that has ended. Takes the lock itself."""

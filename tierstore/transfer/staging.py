@@ -37,13 +37,13 @@ class Staging:
         self._waiting: deque[_Chunk] = deque()
         self._free: list[torch.Tensor] | None = None
 
-    def bring(self, extent: FileExtent, target: torch.Tensor, done: Done) -> None:
-        """Fill `target`, contiguous uint8 memory of the device that the stream may write to, with the bytes of `extent`.
+    def bring(self, extent: FileExtent, target: torch.Tensor, free: Event, done: Done) -> None:
+        """Fill `target`, contiguous uint8 memory of the device that may be written to after `free`, with the bytes of `extent`.
 
         `done` is called once, from another thread, when the last copy is in the stream, or with the first error once no
         chunk is under way any more. `target` is not referred to by then. The file must keep its name until then.
         """
-        job = _Job(extent, target, done)
+        job = _Job(extent, target, free, done)
         with self._lock:
             if self._free is None:
                 self._free = [self._accelerator.allocate_page_locked(SLAB_BYTES) for _ in range(SLABS)]
@@ -81,6 +81,7 @@ class Staging:
         chunk.job.end(error)
 
     def _copy(self, chunk: _Chunk, slab: torch.Tensor) -> None:
+        self._stream.wait(chunk.job.free)
         with torch.inference_mode(False), torch.no_grad(), self._accelerator.on(self._stream):
             self._accelerator.copy(chunk.target(), slab[: chunk.nbytes])
         self._when(self._stream.record(), partial(self._copied, slab))
@@ -98,8 +99,9 @@ class Staging:
 class _Job:
     """One value on its way: counts the chunks that have not ended, and keeps the first error."""
 
-    def __init__(self, extent: FileExtent, target: torch.Tensor, done: Done) -> None:
+    def __init__(self, extent: FileExtent, target: torch.Tensor, free: Event, done: Done) -> None:
         self.extent = extent
+        self.free = free
         self.target: torch.Tensor | None = target
         self.error: BaseException | None = None
         self._done = done

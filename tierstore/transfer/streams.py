@@ -62,6 +62,8 @@ class StreamEngine(ThreadEngine):
             super().start(transfer, done, arrived)
             return
         landing = Landing(transfer, target, done, arrived)
+        if not self._uploads.make_room(landing):
+            return
         if isinstance(source, FileBackend):
             self._pool("issue", 1).submit(self._uploads.read, landing, source)
         elif isinstance(source, MemoryBackend) and self._page_locked(source, transfer.key):

@@ -52,7 +52,10 @@ class TorchStream(Stream):
 
 
 class TorchAccelerator(Accelerator):
-    """One device of torch, by its module (`torch.cuda`, `torch.xpu`), whose streams two threads can enter at once, unlike `torch.Stream`."""
+    """One device of torch, by its module (`torch.cuda`, `torch.xpu`).
+
+    Not by `torch.Stream`, which remembers in itself what was current before, so that two threads cannot be in one at once.
+    """
 
     def __init__(self, device: torch.device) -> None:
         index = torch.accelerator.current_device_index() if device.index is None else device.index

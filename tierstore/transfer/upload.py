@@ -38,9 +38,12 @@ class Arrival(Ready):
 
 
 class Landing:
-    """One value on its way into `target`. `memory`, of `owner`, is referred to until the value has arrived or has failed."""
+    """One value on its way into `target`. `memory`, of `owner`, is referred to until the value has arrived or has failed.
 
-    __slots__ = ("arrived", "done", "memory", "owner", "target", "transfer")
+    `free`: the mark after which the memory may be written to.
+    """
+
+    __slots__ = ("arrived", "done", "free", "memory", "owner", "target", "transfer")
 
     def __init__(self, transfer: Transfer, target: MemoryBackend, done: Done, arrived: Arrived) -> None:
         self.transfer = transfer
@@ -49,6 +52,13 @@ class Landing:
         self.arrived = arrived
         self.memory: torch.Tensor | None = None
         self.owner: Stream | None = None
+        self.free: Event | None = None
+
+    def raw(self) -> torch.Tensor:
+        """Return the memory as bytes."""
+        assert self.memory is not None
+        with torch.inference_mode(False), torch.no_grad():
+            return raw_bytes(self.memory)
 
 
 class Uploads:
@@ -65,15 +75,29 @@ class Uploads:
         self._stream = accelerator.new_stream()
         self._staging = Staging(accelerator, self._stream, reader, when)
 
+    def make_room(self, landing: Landing) -> bool:
+        """Allocate memory for a value, first of all; False, and reported, if there is none.
+
+        Whoever starts a fetch does this at once: what is put into the owner later, which may be much when the host runs
+        ahead of the device, need not end before the copy begins.
+        """
+        try:
+            landing.memory, landing.owner = self._order.allocate(landing.target, landing.transfer.spec)
+            landing.free = landing.owner.record()
+        except Exception as error:  # noqa: BLE001  (handed to whoever waits for the value)
+            self._fail(landing, [], error)
+            return False
+        return True
+
     def copy(self, landing: Landing) -> None:
         """Copy what the source hands out. Waits for the copy where that is not page-locked memory."""
         kept: list[torch.Tensor] = []  # the device reads it: nobody may have its memory before the copy has ended
         try:
             kept.append(raw_bytes(landing.transfer.source.get(landing.transfer.key)))
-            memory = self._make_room(landing)
+            assert landing.free is not None
+            self._stream.wait(landing.free)
             with torch.inference_mode(False), torch.no_grad(), self._accelerator.on(self._stream):
-                self._accelerator.copy(memory, kept[0])
-            del memory
+                self._accelerator.copy(landing.raw(), kept[0])
             event = self._place(landing)
         except Exception as error:  # noqa: BLE001  (handed to whoever waits for the value)
             self._fail(landing, kept, error)
@@ -84,7 +108,8 @@ class Uploads:
         """Read the value's file into slabs and copy these; returns before that is done."""
         try:
             extent = source.extent(landing.transfer.key)
-            self._staging.bring(extent, self._make_room(landing), partial(self._was_read, landing))
+            assert landing.free is not None
+            self._staging.bring(extent, landing.raw(), landing.free, partial(self._was_read, landing))
         except Exception as error:  # noqa: BLE001  (handed to whoever waits for the value)
             self._fail(landing, [], error)
 
@@ -101,13 +126,6 @@ class Uploads:
         else:
             self._report(landing, [], event)
 
-    def _make_room(self, landing: Landing) -> torch.Tensor:
-        """Allocate memory for the value, as bytes that may be written to on the stream from now on."""
-        landing.memory, landing.owner = self._order.allocate(landing.target, landing.transfer.spec)
-        self._stream.wait(landing.owner.record())
-        with torch.inference_mode(False), torch.no_grad():
-            return raw_bytes(landing.memory)
-
     def _place(self, landing: Landing) -> Event:
         """Hand the memory, whose copies are in the stream, to the backend."""
         event = self._stream.record()
@@ -118,15 +136,22 @@ class Uploads:
     def _report(self, landing: Landing, kept: list[torch.Tensor], event: Event) -> None:
         assert landing.owner is not None
         landing.memory = None  # it is the entry's: who evicts that must be the last to refer to it
-        landing.arrived(Arrival(event, landing.owner, self._stalls))
-        self._when(event, partial(_end, kept, landing.done))
+        try:
+            landing.arrived(Arrival(event, landing.owner, self._stalls))
+        finally:
+            self._when(event, partial(_end, kept, landing.done))
 
     def _fail(self, landing: Landing, kept: list[torch.Tensor], error: BaseException) -> None:
         error = error.with_traceback(None)  # whose frames refer to memory
         if landing.memory is None:
             landing.done(error)
+            return
+        try:
+            event = self._stream.record()
+        except RuntimeError:  # the device is lost
+            self._failed(landing, kept, error, None)
         else:
-            self._when(self._stream.record(), partial(self._failed, landing, kept, error))
+            self._when(event, partial(self._failed, landing, kept, error))
 
     def _failed(self, landing: Landing, kept: list[torch.Tensor], error: BaseException, _: BaseException | None) -> None:
         assert landing.memory is not None
