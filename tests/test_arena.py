@@ -151,7 +151,7 @@ def test_a_range_ends_where_warm_bytes_end_if_that_saves_cold_ones() -> None:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def regions(arena: Arena) -> list[_arena._Region]:
+def regions(arena: Arena) -> list[_arena.Region]:
     return arena._regions
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 from tierstore.entry import Entry, Ready
+from tierstore.errors import TierStoreError
 from tierstore.planning.policy import Foresight
 from tierstore.residency import Residency
 from tierstore.shield import shielded
@@ -147,6 +149,16 @@ class Flights(Residency):
         with self.lock:
             while self._busy or self._ending or any(self._flights):
                 self.engine.wait(self.lock)
+
+    def set_aside(self, level: int, nbytes: int) -> None:
+        """Leave bytes of a tier's budget to others than the store; what does not fit any more leaves, as far as it can now."""
+        tier = self.tiers[level]
+        tier.ledger.aside = nbytes
+        if isinstance(tier.policy, Foresight):
+            tier.policy.budget(tier.ledger.limit)
+        with suppress(OSError, TierStoreError):  # who needs the room meets the error
+            self.make_room(level, 0)
+        self.wake()
 
     # -- ahead of use ---------------------------------------------------------------------------------------------
 

@@ -115,13 +115,13 @@ class Leasing(Flights):
 
     def _leaves(self, headroom: int, nbytes: int) -> bool:
         """True if `nbytes` more under leases leave `headroom` bytes; where it is asked for, what is handed out counts as leased."""
-        budget = self.tiers[0].ledger.budget
+        budget = self.tiers[0].ledger.limit
         taken = self.leased_bytes + (self.handed_out if headroom else 0)
         return budget is None or taken + nbytes + headroom <= budget
 
     def may_hand_out(self, nbytes: int, headroom: int) -> bool:
         """True if `nbytes` more without a lease leave room for what streams, and for two operations of `headroom` bytes."""
-        policy, budget = self.tiers[0].policy, self.tiers[0].ledger.budget
+        policy, budget = self.tiers[0].policy, self.tiers[0].ledger.limit
         plan = policy.plan if isinstance(policy, Foresight) else None
         ring = plan.ring_bytes[0] if plan is not None and plan.ring_bytes else 0
         return budget is None or self.handed_out + nbytes + max(ring, 2 * headroom) <= budget
@@ -214,12 +214,14 @@ class Leasing(Flights):
 
     def _budget_error(self, operation: object, wanted: list[Entry]) -> BudgetError:
         tier = self.tiers[0]
-        budget = tier.ledger.budget or 0
+        budget = tier.ledger.limit or 0
         names = ", ".join(repr(entry.key) for entry in wanted[:5]) + (", ..." if len(wanted) > 5 else "")
         operation = f"{operation} on {names}"
         required = sum(entry.nbytes for entry in wanted)
         if required > budget:
-            return BudgetError(operation, tier=tier.name, required_bytes=required, budget_bytes=budget)
+            aside = tier.ledger.aside
+            hint = f"{aside} bytes more of its budget are taken by activations: raise the budget of {tier.name!r}" if aside else ""
+            return BudgetError(operation, tier=tier.name, required_bytes=required, budget_bytes=budget, hint=hint)
         held = self.leased_bytes - sum(entry.nbytes for entry in wanted if entry.leases)
         hint = f"{held} bytes of it are leased at this moment: raise the budget of {tier.name!r}, or release leases first"
         if held + required <= budget:

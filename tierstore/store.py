@@ -170,14 +170,15 @@ class TieredStore:
             self._moves.check_open()
             level = names.index(tier)
             ledger = self._moves.tiers[level].ledger
-            before, ledger.budget = ledger.budget, budget
+            before = ledger.budget, ledger.aside
+            ledger.budget, ledger.aside = budget, 0
             try:
                 fits = budget is None or self._moves.make_room(level, 0)
             except BaseException:
-                ledger.budget = before
+                ledger.budget, ledger.aside = before
                 raise
             if not fits:
-                ledger.budget = before
+                ledger.budget, ledger.aside = before
                 raise BudgetError(
                     f"shrinking to {budget} bytes", tier=tier, required_bytes=ledger.used, budget_bytes=budget or 0,
                     hint="release leases first, or give the tiers below more room",
@@ -214,7 +215,7 @@ class TieredStore:
             self._moves.catch_up()
             tiers, counters = self._moves.tiers, self._moves.counters
             return Stats(
-                tiers={t.name: TierStats(t.ledger.budget, t.ledger.used, t.ledger.peak, self._count(i)) for i, t in enumerate(tiers)},
+                tiers={tier.name: self._tier_stats(level, tier) for level, tier in enumerate(tiers)},
                 links={f"{a.name}->{b.name}": counters.link(i, j) for i, a in enumerate(tiers) for j, b in enumerate(tiers) if i != j},
                 hits=counters.hits,
                 misses=counters.misses,
@@ -319,8 +320,10 @@ class TieredStore:
                 if flight is not None and flight.error is not None:
                     raise flight.error
 
-    def _count(self, level: int) -> int:
-        return sum(level in entry.tiers for entry in self._moves.entries.values())
+    def _tier_stats(self, level: int, tier: Tier) -> TierStats:
+        ledger = tier.ledger
+        count = sum(level in entry.tiers for entry in self._moves.entries.values())
+        return TierStats(ledger.budget, ledger.used, ledger.peak, count, ledger.aside)
 
     @staticmethod
     def _persistent(backend: Backend) -> bool:

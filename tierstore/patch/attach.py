@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,11 +18,14 @@ from torch.nn.modules.module import (
 from torch.utils.hooks import RemovableHandle
 
 from tierstore.backend import MappedBackend
+from tierstore.devices import allocated_bytes, release_cached
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, ModelError, TierStoreError
 from tierstore.patch.handout import ResidentParameter
+from tierstore.patch.pressure import Pressure
 from tierstore.patch.regions import Binding, Region, check_model, find_regions, named_tensors
 from tierstore.patch.restore import give_back_held, move_plain, restore_binding, settle
+from tierstore.patch.room import check_room
 from tierstore.patch.scope import install_scope, remove_scope
 from tierstore.patch.source import EntrySource, Host, Source, typed_part
 from tierstore.patch.swap import replace_content
@@ -60,6 +65,7 @@ class Attachment(Host):
         self.store = store
         self.device = device
         self.headroom = 0
+        self.pressure = Pressure(store.moves, allocated_bytes(device), partial(release_cached, device), self._needed)
         self.roots: dict[str, torch.nn.Module] = {}
         self._regions: list[Region] = []
         self._held: dict[Region, Entry] = {}
@@ -80,7 +86,7 @@ class Attachment(Host):
     def attach(self, roots: Mapping[str, torch.nn.Module], progress: Progress = iter) -> None:
         """Move every tensor of `roots` under the store; on failure the models are as they were."""
         regions = find_regions(named_tensors(roots))
-        self._check_room(regions)
+        check_room(self.moves.tiers, regions)
         self.roots = dict(roots)
         try:
             self._take(regions, roots.values(), progress)
@@ -91,27 +97,14 @@ class Attachment(Host):
             register_module_module_registration_hook(self._module_added),
             register_module_parameter_registration_hook(cast(Callable[..., None], self._parameter_added)),  # it may return a tensor
         ]
+        self.pressure.begin()
 
-    def _check_room(self, regions: list[Region]) -> None:
-        """Raise `BudgetError` before anything moves if one tensor, or all of them, can never fit."""
-        budget = self.moves.tiers[0].ledger.budget
-        if budget is not None:
-            largest = max(regions, key=lambda region: region.spec.nbytes, default=None)
-            if largest is not None and largest.spec.nbytes > budget:
-                raise BudgetError(
-                    f"any operation on {largest.name!r}",
-                    tier=self.moves.tiers[0].name,
-                    required_bytes=largest.spec.nbytes,
-                    budget_bytes=budget,
-                )
-        budgets = [tier.ledger.budget for tier in self.moves.tiers]
-        total = sum(region.spec.nbytes for region in regions)
-        if None not in budgets and total > (room := sum(b for b in budgets if b is not None)):
-            names = "+".join(tier.name for tier in self.moves.tiers)
-            raise BudgetError("the model", tier=names, required_bytes=total, budget_bytes=room, hint="raise a budget, or add disk=PATH")
+    def _needed(self) -> int:
+        """Bytes of the fast tier without which some operation could not run beside the fetch for the next one."""
+        return 2 * self.headroom
 
     def _take(self, regions: list[Region], modules: Iterable[torch.nn.Module], progress: Progress) -> None:
-        budget = self.moves.tiers[0].ledger.budget
+        budget = self.moves.tiers[0].ledger.limit
         total = sum(region.spec.nbytes for region in (*self._regions, *regions))
         if self.holds_all and budget is not None and total > budget:
             self.holds_all = False
@@ -131,7 +124,7 @@ class Attachment(Host):
 
     def _staying(self, regions: list[Region]) -> dict[Region, None]:
         """Return those of `regions` that are held, smallest first."""
-        budget = self.moves.tiers[0].ledger.budget
+        budget = self.moves.tiers[0].ledger.limit
         if self.holds_all or budget is None:
             return dict.fromkeys(regions)
         room = min(budget // _SHARE_OF_SMALL, budget - 2 * self.headroom) - sum(entry.nbytes for entry in self._held.values())
@@ -232,6 +225,12 @@ class Attachment(Host):
         return key
 
     def lease(self, entries: list[Entry], operation: object) -> bool:
+        with suppress(torch.OutOfMemoryError):
+            return self._lease_or_unhold(entries, operation)
+        self.make_way(sum(entry.nbytes for entry in entries), entries)
+        return self._lease_or_unhold(entries, operation)
+
+    def _lease_or_unhold(self, entries: list[Entry], operation: object) -> bool:
         try:
             self._lease(entries, operation)
         except BudgetError:
@@ -241,6 +240,9 @@ class Attachment(Host):
             self._lease(entries, operation)
             return True
         return False
+
+    def make_way(self, nbytes: int, entries: list[Entry]) -> None:
+        self.pressure.relieve(nbytes, entries)
 
     def _lease(self, entries: list[Entry], operation: object) -> None:
         moves = self.moves
@@ -284,6 +286,7 @@ class Attachment(Host):
         self._unreleased.append((entries, owner))
 
     def worked_on(self, nbytes: int) -> None:
+        self.pressure.tick()
         if nbytes > self.headroom:
             self.headroom = nbytes
         if self._unused_keys or self._unreleased:

@@ -28,6 +28,7 @@ from tierstore.entry import Entry
 from tierstore.patch.buffers import BufferCopies, ScopedBuffers, copied_for_calls
 from tierstore.patch.handout import ReadableParameter, ResidentParameter, resident_parameter
 from tierstore.patch.lookup import LARGE
+from tierstore.patch.pressure import Pressure
 from tierstore.patch.source import EntrySource
 from tierstore.patch.tensor import TieredTensor
 from tierstore.writing import Moves
@@ -36,12 +37,14 @@ _MOST_NOTED = 512  # uses without a lease that are told to the policy at once
 
 
 class Room(Protocol):
-    """What a scope asks its session: the mover of its store, and how many bytes leases must leave free."""
+    """What a scope asks its session: the mover of its store, how many bytes leases must leave free, and what to tell of its calls."""
 
     @property
     def moves(self) -> Moves: ...
     @property
     def headroom(self) -> int: ...
+    @property
+    def pressure(self) -> Pressure: ...
 
 
 class Scope:
@@ -74,6 +77,7 @@ class Scope:
             elif len(self.noted) > _MOST_NOTED:
                 with self._room.moves.lock:
                     self._room.moves.catch_up()
+                self._room.pressure.look()
 
     def read(self, value: TieredTensor, neighbours: Iterable[object]) -> torch.Tensor:
         """Return the plain tensor of `value` if it can be leased for this thread's call, else `value`."""
@@ -116,13 +120,22 @@ class Frame:
         room = self._room
         moves = room.moves
         with moves.lock:
-            resident = moves.lease_resident(entry, room.headroom)
-            if not resident and not moves.acquire([entry], "a module scope", headroom=room.headroom, wait=False):
+            if not self._lease(entry):
                 return value
             plain = self._show(entry, value)
             if len(self._entries) == 1:
                 self._lease_resident(neighbours)
         return plain
+
+    def _lease(self, entry: Entry) -> bool:
+        """Lease an entry; False if that cannot be now. Whoever meets the TieredTensor instead makes room in memory for it."""
+        moves, headroom = self._room.moves, self._room.headroom
+        if moves.lease_resident(entry, headroom):
+            return True
+        try:
+            return moves.acquire([entry], "a module scope", headroom=headroom, wait=False)
+        except torch.OutOfMemoryError:
+            return False
 
     def _lease_resident(self, values: Iterable[object]) -> None:
         for value in values:
@@ -158,6 +171,7 @@ class Frame:
                 self._keep(entry, ReadableParameter(self._plain.pop(identity)))  # or it would live on when it has to leave
             moves.release(self._entries)
             moves.pump()
+        self._room.pressure.tick()
 
     def _keep(self, entry: Entry, handout: ReadableParameter) -> None:
         """Hand the plain tensor out for good from its second call on, in one stay in the fast tier, if nobody has it now.

@@ -107,6 +107,10 @@ class Host(ABC):
         """
 
     @abstractmethod
+    def make_way(self, nbytes: int, entries: list[Entry]) -> None:
+        """An operation on `entries` found no memory on the device: let `nbytes` of others leave, and leave that room free."""
+
+    @abstractmethod
     def copy_out(self, source: Source) -> torch.Tensor:
         """Return the value of `source` as a plain tensor that the store does not own."""
 
