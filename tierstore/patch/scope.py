@@ -56,6 +56,7 @@ class Scope:
     def __init__(self, module: torch.nn.Module, room: Room) -> None:
         self.inside: dict[int, Frame | None] = {}
         self.noted = room.moves.noted
+        self.computing = room.moves.engine.computing
         self.copies_buffers = False
         self._module = weakref.ref(module)
         self._room = room
@@ -213,6 +214,7 @@ class ScopedParameters(dict[str, Any]):
         if plain is None:
             return scope.read(value, self.values())
         scope.noted.append(plain._key)
+        scope.computing()  # while `plain` keeps the bytes from leaving
         return plain
 
     def __setitem__(self, name: str, value: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 from tierstore.backend import FileExtent
 from tierstore.entry import Entry
 from tierstore.errors import TierStoreError
+from tierstore.shield import shielded
 from tierstore.spec import raw_bytes
 from tierstore.testing.fake_device import FakeDevice
 from tierstore.transfer.open_file import OpenFile
@@ -124,9 +125,10 @@ class Watch:
         self._fake = fake
         self._here = threading.local()
         self._real: dict[str, Callable[..., Any]] = {}
-        for name, instead in (("acquire", self._acquire), ("lease_resident", self._lease_resident), ("release", self._release)):
+        for name in ("acquire", "lease_resident", "release", "outdate"):
             self._real[name] = getattr(moves, name)
-            setattr(moves, name, instead)
+            setattr(moves, name, getattr(self, f"_{name}"))
+        moves.noted = Noted(moves, fake)
 
     def _acquire(self, entries: Iterable[Entry], *args: Any, **kwargs: Any) -> bool:
         wanted = list(entries)
@@ -151,7 +153,28 @@ class Watch:
             self._use(wanted, "was leased till now")
         self._real["release"](wanted, owner)
 
-    def _use(self, entries: list[Entry], what: str) -> None:
-        for entry in entries:
-            if entry.tensor is not None:
-                self._fake.use(raw_bytes(entry.tensor), f"{entry.key} {what}")
+    def _outdate(self, entry: Entry) -> None:
+        self._use([entry], "is changed", writes=True)
+        self._real["outdate"](entry)
+
+    def _use(self, entries: list[Entry], what: str, *, writes: bool = False) -> None:
+        with shielded():
+            for entry in entries:
+                if entry.tensor is not None:
+                    self._fake.use(raw_bytes(entry.tensor), f"{entry.key} {what}", writes=writes)
+
+
+class Noted(deque[str]):
+    """The uses without a lease, each recorded when it begins."""
+
+    def __init__(self, moves: Moves, fake: FakeDevice) -> None:
+        super().__init__()
+        self._moves = moves
+        self._fake = fake
+
+    def append(self, key: str) -> None:
+        tensor = self._moves.entries[key].tensor
+        assert tensor is not None
+        with shielded():
+            self._fake.use(raw_bytes(tensor), f"{key} is read without a lease")
+        super().append(key)
