@@ -211,11 +211,18 @@ class Attachment(Host):
         with self.moves.lock:
             key = self._free_key(name)
         with torch.inference_mode(False), torch.no_grad():
-            self.store.fill(key, tensor)
+            self._fill(key, tensor)
         with self.moves.lock:
             source = EntrySource(self, self.moves.entry(key))
         self._sources.add(source)
         return source
+
+    def _fill(self, key: str, tensor: torch.Tensor) -> None:
+        with suppress(torch.OutOfMemoryError):
+            self.store.fill(key, tensor)
+            return
+        self.make_way(tensor.nbytes, [])
+        self.store.fill(key, tensor)
 
     def _free_key(self, name: str) -> str:
         key, number = name, 1

@@ -67,6 +67,7 @@ class Pressure:
             taken = max(self._beside_weights() - self._others, 0)
             self._highest = max(self._highest, taken)
             self._looks += 1
+            self._check(taken)
             settled = self._looks >= _PATIENCE
             self._divide(may_grow=settled)
             if settled:
@@ -109,22 +110,20 @@ class Pressure:
             return
         step = max(budget // _STEPS, 1)
         wished = -(-self._highest // step) * step
-        most = max(budget - self._floor(), 0)
-        if wished > most:
-            self._warn(budget)
-            wished = most
+        wished = min(wished, max(budget - self._floor(), 0))
         if wished > self._ledger.aside or (may_grow and wished < self._ledger.aside):
             self._moves.set_aside(0, wished)
         elif self._ledger.excess(0) > 0:  # what was in use when the limit fell
             with suppress(OSError, TierStoreError):
                 self._moves.make_room(0, 0)
 
-    def _warn(self, budget: int) -> None:
+    def _check(self, taken: int) -> None:
         """Say once that the budget is exceeded: what one operation needs is not refused for the sake of activations."""
-        if not self._warned:
+        budget = self._ledger.budget
+        if budget is not None and taken > budget - self._floor() and not self._warned:
             self._warned = True
             warnings.warn(
-                f"activations take {format_size(self._highest)} beside the weights that operations need, more than the budget of "
+                f"activations take {format_size(taken)} beside the weights that operations need, more than the budget of "
                 f"{format_size(budget)} for {self._moves.tiers[0].name!r} leaves: it is exceeded; raise it, or compute with smaller inputs",
                 stacklevel=2,
             )
