@@ -71,13 +71,15 @@ class Residency:
             raise ClosedError("this store is closed; open a new one")
 
     def close(self) -> bool:
-        """Refuse whatever comes and wait until no entry moves; False if another thread did so before."""
+        """Refuse whatever comes, wait until no entry moves and let go of values; False if another thread did so before."""
         if self.closed:
             return False
         self.closed = True
         self.wake()
         while self._busy:
             self.engine.wait(self.lock)
+        for entry in self.entries.values():  # or their memory would be taken for as long as somebody has the closed store
+            self._let_go(entry)
         return True
 
     # -- room ---------------------------------------------------------------------------------------------------

@@ -213,7 +213,9 @@ class FakeDevice(Accelerator):
     def has_passed(self, event: FakeEvent) -> bool:
         with self.lock:
             self.drift()
-            if self._punctual and event.moment <= self.now:
+            if self._punctual and event.moment > self.now:
+                return False
+            if self._punctual:
                 self._force(event)
             if event.done:
                 self.accesses.host.learn(event.clock)

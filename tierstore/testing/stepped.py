@@ -110,6 +110,11 @@ class SteppedEngine(StreamEngine):
         while any(self._steps.values()) and self._random.random() < chance:
             self.step()
 
+    def run(self, *names: str) -> None:
+        """Let the threads of these names go on as far as they can."""
+        while busy := [name for name in names if self._steps.get(name)]:
+            self._steps[busy[0]].step()
+
     def wait(self, lock: threading.Condition) -> None:
         lock.release()
         try:
