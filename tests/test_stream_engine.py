@@ -168,11 +168,11 @@ def test_a_source_is_kept_until_its_copy_has_ended_and_no_longer() -> None:
         store, _ = failing_store(fake, 0)
         storage = StorageWeakRef(store.tiers[1].backend.get("k").untyped_storage())
         gone: list[bool] = []
+        landed = store.moves._landed
+        store.moves._landed = lambda flight, error: (gone.append(storage.expired()), landed(flight, error))  # type: ignore[assignment, func-returns-value]
         store.get("k")
         store.put("k", value("k", 100, 1))  # the old copy below is deleted at once
         assert not storage.expired()
-        landed = store.moves._landed
-        store.moves._landed = lambda flight, error: (gone.append(storage.expired()), landed(flight, error))  # type: ignore[assignment, func-returns-value]
         store.moves.settle()
         assert gone == [True], "whoever is told that a copy has ended may need the memory of its source"
         store.close()

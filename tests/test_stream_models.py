@@ -14,12 +14,15 @@ from tests.plainly import gradients, largest, nbytes, restored, same, state, wit
 from tests.test_models import MODELS, X, run
 from tests.test_streams import WatchedDisk
 from tierstore import Tiered, TieredStore
+from tierstore.patch import attach, restore
+from tierstore.patch.source import EntrySource
 from tierstore.testing.fake_backends import FakeMemory, FakeRam
 from tierstore.testing.fake_device import FakeDevice
 from tierstore.testing.happens import RaceError
 from tierstore.testing.stepped import SteppedEngine, Watch
 from tierstore.tier import Tier
 from tierstore.transfer.order import StreamOrder
+from tierstore.transfer.streams import StreamEngine
 
 
 def session_on(fake: FakeDevice, model: nn.Module, disk: Path, *, gpu: int | None = None, cpu: bool = True, seed: int = 0) -> Tiered:
@@ -102,3 +105,30 @@ def test_a_stream_that_was_not_noted_is_found(scratch: Path, monkeypatch: pytest
     monkeypatch.setattr(StreamOrder, "note", lambda order: order._latest)
     with pytest.raises(RaceError, match="read without a lease"):
         read_on_a_new_stream(FakeDevice(), scratch)
+
+
+def written_on_a_side_stream(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write to weights on a side stream and leave the `with` on another one, which copies them to where they came from."""
+    fake = FakeDevice()
+
+    def settle(store: TieredStore, source: EntrySource, device: torch.device | None) -> None:
+        if source.entry.tensor is not None:
+            fake.use(source.entry.tensor, "a copy on the way out")
+        restore.settle(store, source, device)
+
+    monkeypatch.setattr(attach, "settle", settle)
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(4))).requires_grad_(False)
+    with session_on(fake, model, scratch), fake.on(fake.side_stream("side")):
+        for layer in model:
+            layer.weight.add_(1)
+    fake.accesses.check()
+
+
+def test_what_was_written_on_any_stream_comes_back(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written_on_a_side_stream(scratch, monkeypatch)
+
+
+def test_a_session_that_does_not_wait_for_side_streams_is_found(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StreamEngine, "gather", lambda engine: None)
+    with pytest.raises(RaceError, match="a copy on the way out"):
+        written_on_a_side_stream(scratch, monkeypatch)

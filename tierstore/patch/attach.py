@@ -384,6 +384,7 @@ class Attachment(Host):
             if isinstance(tensor, Wrapper) and id(tensor) not in self._bound:
                 self._bind(tensor, name)
         bindings = [binding for region in self._regions if region not in self._held for binding in region.bindings]
+        self.moves.engine.gather()
         errors = self._settle_sources(bindings)
         for region, entry in self._held.items():
             give_back_held(region, entry)

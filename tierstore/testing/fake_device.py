@@ -167,8 +167,7 @@ class FakeDevice(Accelerator):
         assert target.dtype is source.dtype is torch.uint8
         stream = self.current()
         with self.lock:
-            source = self._read_now(source)
-            self._access(stream.agent, source, "source of a copy", writes=False)
+            source = self._source(source, stream)
             self._access(stream.agent, target, "target of a copy", writes=True)
             stream.free_at = max(stream.free_at, self.now) + target.numel() / self.bandwidth
             kept = tuple(side for side in (target, source) if not self._ours(side))
@@ -176,9 +175,10 @@ class FakeDevice(Accelerator):
             if not self._ours(target):
                 stream.record().synchronize()
 
-    def _read_now(self, source: torch.Tensor) -> torch.Tensor:
+    def _source(self, source: torch.Tensor, stream: FakeStream) -> torch.Tensor:
         """Return what the device reads: of memory that is not page-locked, what the driver has put aside before it returns."""
         if self._ours(source):
+            self._access(stream.agent, source, "source of a copy", writes=False)
             return source
         self.touch(source, "pageable source of a copy")
         return source.clone()

@@ -56,6 +56,9 @@ class Engine(ABC):
     def computing(self) -> None:  # noqa: B027  (only a device with streams of its own has to know)
         """Take note that this thread is about to compute with values of the fastest tier, whether or not it holds the store's lock."""
 
+    def gather(self) -> None:  # noqa: B027  (likewise)
+        """Let what this thread does from now on come after all computations with values so far, whoever made them."""
+
     def parting(self, tensor: torch.Tensor) -> None:  # noqa: B027  (likewise)
         """Let whatever is done with the memory of `tensor`, which leaves the fastest tier, come after all that used it.
 

@@ -42,6 +42,9 @@ class StreamEngine(ThreadEngine):
     def computing(self) -> None:
         self._order.note()
 
+    def gather(self) -> None:
+        self._order.join(self._accelerator.current())
+
     def parting(self, tensor: torch.Tensor) -> None:
         self._order.part(tensor)
 
