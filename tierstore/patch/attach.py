@@ -25,7 +25,7 @@ from tierstore.patch.handout import ResidentParameter
 from tierstore.patch.pressure import Pressure
 from tierstore.patch.regions import Binding, Region, check_model, find_regions, named_tensors
 from tierstore.patch.restore import give_back_held, move_plain, restore_binding, settle
-from tierstore.patch.room import check_room
+from tierstore.patch.room import check_room, largest_owner, smallest
 from tierstore.patch.scope import install_scope, remove_scope
 from tierstore.patch.source import EntrySource, Host, Source, typed_part
 from tierstore.patch.swap import replace_content
@@ -109,7 +109,7 @@ class Attachment(Host):
         if self.holds_all and budget is not None and total > budget:
             self.holds_all = False
             self.release_held()
-        self._raise_headroom(regions)
+        self.headroom = max(self.headroom, largest_owner((*self._held, *regions)))
         self._regions += regions
         self._bound.update(id(binding.tensor) for region in regions for binding in region.bindings)
         stay = self._staying(regions)
@@ -128,20 +128,7 @@ class Attachment(Host):
         if self.holds_all or budget is None:
             return dict.fromkeys(regions)
         room = min(budget // _SHARE_OF_SMALL, budget - 2 * self.headroom) - sum(entry.nbytes for entry in self._held.values())
-        stay: dict[Region, None] = {}
-        for region in sorted(regions, key=lambda region: region.spec.nbytes):
-            room -= region.spec.nbytes
-            if region.spec.nbytes > SMALL or room < 0:
-                break
-            stay[region] = None
-        return stay
-
-    def _raise_headroom(self, regions: list[Region]) -> None:
-        owned: dict[str, int] = {}
-        for region in (*self._held, *regions):
-            for owner in {name.rpartition(".")[0] for binding in region.bindings for name in binding.names}:
-                owned[owner] = owned.get(owner, 0) + region.spec.nbytes
-        self.headroom = max(self.headroom, *owned.values()) if owned else self.headroom
+        return dict.fromkeys(smallest(regions, room, SMALL))
 
     def _tier(self, region: Region) -> None:
         """Copy a region into the store and put TieredTensors in the place of its tensors."""

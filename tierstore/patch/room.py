@@ -1,8 +1,8 @@
-"""Whether a model can be placed at all."""
+"""Sums over the tensors of a model: whether it can be placed at all, what one module needs, and what is small."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tierstore.errors import BudgetError
 from tierstore.patch.regions import Region
@@ -21,3 +21,23 @@ def check_room(tiers: Sequence[Tier], regions: Sequence[Region]) -> None:
     if None not in budgets and total > (room := sum(b for b in budgets if b is not None)):
         names = "+".join(tier.name for tier in tiers)
         raise BudgetError("the model", tier=names, required_bytes=total, budget_bytes=room, hint="raise a budget, or add disk=PATH")
+
+
+def largest_owner(regions: Iterable[Region]) -> int:
+    """Return the most bytes that one module owns directly."""
+    owned: dict[str, int] = {}
+    for region in regions:
+        for owner in {name.rpartition(".")[0] for binding in region.bindings for name in binding.names}:
+            owned[owner] = owned.get(owner, 0) + region.spec.nbytes
+    return max(owned.values(), default=0)
+
+
+def smallest(regions: Iterable[Region], room: int, most: int) -> list[Region]:
+    """Return the smallest of `regions`, none larger than `most` bytes, as many as `room` bytes hold together."""
+    found = []
+    for region in sorted(regions, key=lambda region: region.spec.nbytes):
+        room -= region.spec.nbytes
+        if region.spec.nbytes > most or room < 0:
+            break
+        found.append(region)
+    return found
