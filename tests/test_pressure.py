@@ -112,6 +112,15 @@ def test_one_operation_can_always_run_and_it_is_said_that_the_budget_is_exceeded
             assert run.ledger.used <= 400
 
 
+@pytest.mark.parametrize("floor", [BUDGET, 2 * BUDGET])
+@pytest.mark.filterwarnings("error")
+def test_a_tier_that_only_one_operation_fits_into_is_left_alone_as_long_as_nothing_else_is_there(floor: int) -> None:
+    run = Run(floor=floor)
+    run.look(0, times=3)
+    assert run.ledger.aside == 0
+    run.store.close()
+
+
 def test_what_is_in_use_leaves_when_it_can(run: Run) -> None:
     with run.store.lease(*map(str, range(8, 40))):
         run.look(1000)

@@ -67,9 +67,9 @@ class Pressure:
             taken = max(self._beside_weights() - self._others, 0)
             self._highest = max(self._highest, taken)
             self._looks += 1
-            self._check(taken)
             settled = self._looks >= _PATIENCE
             self._divide(may_grow=settled)
+            self._check(taken)
             if settled:
                 self._looks, self._highest = 0, taken
 
@@ -120,7 +120,7 @@ class Pressure:
     def _check(self, taken: int) -> None:
         """Say once that the budget is exceeded: what one operation needs is not refused for the sake of activations."""
         budget = self._ledger.budget
-        if budget is not None and taken > budget - self._floor() and not self._warned:
+        if budget is not None and taken > self._ledger.aside and not self._warned:
             self._warned = True
             warnings.warn(
                 f"activations take {format_size(taken)} beside the weights that operations need, more than the budget of "
