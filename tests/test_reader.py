@@ -22,13 +22,13 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.samples import all_samples, assert_identical
+from tierstore import open_file
 from tierstore.backend import FileExtent
 from tierstore.backends._arena import Arena
 from tierstore.backends.disk import DiskBackend
 from tierstore.backends.memory import DeviceBackend
 from tierstore.errors import ClosedError, CorruptionError
 from tierstore.spec import TensorSpec, raw_bytes
-from tierstore.transfer import open_file
 from tierstore.transfer.reader import Reader
 
 PAGE = 4096

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tierstore.open_file import OpenFile
 from tierstore.spec import TensorSpec
 
 
@@ -69,11 +70,15 @@ class MappedBackend(Backend):
 
 @dataclass(frozen=True, slots=True)
 class FileExtent:
-    """The bytes of one value in a file: `nbytes` from `offset` on, in the order of memory, gaps included."""
+    """The bytes of one value in a file: `nbytes` from `offset` on, in the order of memory, gaps included.
+
+    `file`: the backend may have it open already, for whoever is allowed to `share` it.
+    """
 
     path: str
     offset: int
     nbytes: int
+    file: OpenFile | None = None
 
 
 class FileBackend(MappedBackend):
