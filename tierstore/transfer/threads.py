@@ -88,7 +88,7 @@ class _FileRead:
 
     def prepare(self) -> tuple[FileExtent, torch.Tensor]:
         extent = self._source.extent(self._transfer.key)
-        self._tensor = self._target.allocate(self._transfer.spec)
+        self._tensor = self._target.allocate(self._transfer.key, self._transfer.spec)
         return extent, raw_bytes(self._tensor)
 
     def landed(self, error: BaseException | None) -> None:
