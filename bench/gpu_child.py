@@ -11,11 +11,14 @@ What is asked of a child that runs a contender ("wishes", each with a number of 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from torch import Tensor
 
 Told = dict[str, Any]
 
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 TURN_SECONDS, MOST_PASSES, LONG_PASS, LATER_WARM_UPS = 0.4, 8, 1.0, 2
 
 
@@ -187,7 +191,14 @@ def told_of(error: Exception) -> Told:
     return {"error": f"{type(error).__name__}: {error}".split("\n", 1)[0][:300], "short": short}
 
 
+def die_with_parent() -> None:
+    """Have the system kill this process when its parent ends, however that happens: stopped by a signal, it would stay, with its memory."""
+    with suppress(OSError, AttributeError):  # other systems than Linux
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
 def main() -> int:
+    die_with_parent()
     answers = take_standard_output()
     task = Task.loads(sys.argv[1])
     try:

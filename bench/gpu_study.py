@@ -230,6 +230,8 @@ class Study:
             if peer != ALONE and self.deadline.passed(self.plan.reserve):
                 self.doom(peer, [row], LATE)
                 continue
+            for name in {"tierstore", peer or "tierstore"} - self.living.keys() - row.passes.keys():
+                row.fates.setdefault(name, "failed before")
             names = [name for name in self.living if name not in row.fates]
             for name in names:
                 self.attempt(name, row, "warm")
@@ -246,8 +248,6 @@ class Study:
     def attempt(self, name: str, row: Row, wish: str) -> dict[str, Any] | None:
         """Ask one that lives; if it fails it is out for the rest of this budget."""
         if name not in self.living:
-            if name not in row.fates:
-                row.fates[name] = "failed before"
             return None
         try:
             return self.living[name].ask(f"{wish} {row.tokens}")
