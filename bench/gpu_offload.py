@@ -117,8 +117,9 @@ class Bench:
         try:
             Study(plan, self.results, self.deadline, self.say, self.save).run()
         except Fate as fate:
-            self.results.note(f"{shape.kind}: plain itself failed: {fate}")
-            self.say(f"{shape.kind}: plain itself failed: {fate}")
+            story = f"{shape.kind}: plain itself failed: {fate}; --decoder and --dit take smaller models"
+            self.results.note(story)
+            self.say(story)
         show_rows(self.console, self.results.rows[self.shown :], self.results.contenders)
         self.shown = len(self.results.rows)
 

@@ -33,13 +33,17 @@ Say = Callable[[str], None]
 
 
 class GpuChild(Child):
-    """A child process that runs `gpu_child.py`. It ends by a signal: to take a model apart kindly may take a minute."""
+    """A child process that runs `gpu_child.py`. It ends by a signal: to take a model apart kindly may take a minute.
 
-    program, patience = Path(__file__).with_name("gpu_child.py"), 900.0
+    `patience`: seconds to wait for an answer.
+    """
+
+    program = Path(__file__).with_name("gpu_child.py")
     killed = "killed by the kernel, most likely for want of RAM"
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, patience: float = 300.0) -> None:
         super().__init__(task, Cap())
+        self.patience = patience
 
     def close(self) -> None:
         self._process.kill()

@@ -12,6 +12,7 @@ from gpu_rows import TierRow
 from gpu_study import LATE, MARGIN, Deadline, GpuChild, Say, told_once
 from offload_children import Fate, available_bytes
 
+PATIENCE = 900.0  # seconds; to make and place 40 GB takes a while where the disk is slow
 SPARE = 4 << 30  # bytes of RAM that the model must leave free while it is made
 
 
@@ -82,7 +83,7 @@ def measure(tiers: Tiers, rows: list[TierRow], results: Results, say: Say, save:
     needs = told_once(Task("calibrate", "plain", tiers.shape, tiers.device, tiers.place, tiers.tokens))["needs"]
     allowances = {tokens: need + MARGIN for tokens, need in zip(tiers.tokens, needs, strict=True)}
     task = Task("run", "tierstore", tiers.shape, tiers.device, tiers.place, tiers.tokens, tiers.gpu, tiers.cpu, allowances=allowances)
-    child = GpuChild(task)
+    child = GpuChild(task, PATIENCE)
     try:
         say(f"three tiers: placed in {child.answer()['set_up']:.1f} s")
         for row in rows:

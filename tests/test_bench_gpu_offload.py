@@ -83,7 +83,7 @@ class LocalChild:
     failing: ClassVar[dict[tuple[str, str], Fate]] = {}  # by contender (and way) and wish
     started: ClassVar[list[Task]] = []
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, patience: float = 0.0) -> None:
         self.task = Task.loads(task.dumps())
         LocalChild.started.append(self.task)
         self._wishes: deque[str] = deque()
