@@ -24,7 +24,7 @@ import gpu_three
 from gpu_ceilings import Ceilings, measure_links
 from gpu_child import ACTIONS, LATER_WARM_UPS, MOST_PASSES, passes_of, told_of
 from gpu_contenders import CONTENDERS, PEERS, QUICK, Contender, FlexTensor, Mmgp, Task, Way
-from gpu_device import CpuDevice, copied_bytes, device_called
+from gpu_device import CpuDevice, CudaDevice, copied_bytes, device_called, driver_facts
 from gpu_models import DecoderShape, DenoiserShape, Shape, fill, layer_by_layer, made, pool_on, shape_from
 from gpu_offload import main, parse_options
 from gpu_results import Results
@@ -288,6 +288,30 @@ def test_the_profilers_copies_are_added_up() -> None:
     ]
     assert copied_bytes({"traceEvents": events}) == {"h2d": 120, "d2h": 3}
     assert copied_bytes({"traceEvents": events[4:]}) == {}
+
+
+def test_a_cap_is_a_share_of_the_devices_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 * GB, 80 * GB))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    device = object.__new__(CudaDevice)
+    device.limit(20 * GB)
+    device.limit(100 * GB)
+    assert shares == [0.25, 1.0]
+
+
+def test_the_driver_is_asked_for_the_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '580.1, 5, 16, 5, 16'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert driver_facts(0) == {"driver": "580.1", "PCIe": "generation 5 x16 (at most 5 x16)"}
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert driver_facts(0) == {"driver": "unknown"}
+    program.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert driver_facts(0) == {"driver": "unknown"}
 
 
 def test_links_are_measured_each_way() -> None:
