@@ -349,3 +349,20 @@ def test_without_a_kernel_that_moves_memory_it_still_works(scratch: Path, monkey
         with tiered(model, cpu=int(nbytes(model) * 0.6), disk=scratch, device="cpu"):
             for _ in range(4):
                 assert torch.equal(model(IDS), expected)
+
+
+@torch.no_grad()
+def test_a_table_of_which_only_rows_are_used_does_not_stay(scratch: Path) -> None:
+    """Counted as a whole it would displace what is computed with on every pass."""
+    table, body = nn.Embedding(2048, 1024), nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(4)))
+    ids = torch.tensor([[5, 9]])
+    expected = body(table(ids))
+    with tiered([table, body], cpu=22 * MIB, disk=scratch, device="cpu") as session:
+        for _ in range(8):
+            assert torch.equal(body(table(ids)), expected)
+        session.store.moves.settle()
+        assert {session.tier_of(f"1.{i}.weight") for i in range(4)} == {"cpu"}
+        assert session.tier_of("0.weight") == "disk", "not all of it fits beside what is computed with"
+        before = session.stats().links["disk->cpu"].bytes
+        body(table(ids))
+        assert session.stats().links["disk->cpu"].bytes - before <= 2 * 4096

@@ -39,12 +39,13 @@ class TieredStore:
         names = [tier.name for tier in tiers]
         if len(set(names)) < len(names):
             raise TierStoreError(f"tier names must differ, got {names}")
-        make_policy = policy_factory(policy)
+        make_policy, engine = policy_factory(policy), ThreadEngine() if engine is None else engine
         for tier in tiers:
             tier.policy = make_policy()
             if isinstance(tier.policy, Foresight):
                 tier.policy.budget(tier.ledger.budget)
-        self._moves = Moves(tiers, ThreadEngine() if engine is None else engine)
+                tier.policy.timed(engine.now)
+        self._moves = Moves(tiers, engine)
         self._lock = self._moves.lock
         self._background: ThreadPoolExecutor | None = None
         try:

@@ -23,20 +23,24 @@ _FEW = 8  # a lookup of at most this fraction of a weight does not fetch it
 
 
 def look_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """Run `func` on nothing but the rows it picks, if they are few of a weight that is not resident; else return None."""
+    """Run `func` on nothing but the rows it picks, if they are few of a large weight; else return None.
+
+    A weight that is resident is used where it is, but no policy is told: for a few rows it need not stay.
+    """
     table, indices = _arguments(func, args)
     source = table._source if isinstance(table, Wrapper) else None
     if not isinstance(source, StoredSource) or source.settled is not None or type(indices) is not torch.Tensor:
         return None
-    if table.device.type != "cpu" or source.spec.nbytes < LARGE or source.resident or not (table._whole and _row_major(source.spec)):
+    spec = source.spec
+    if spec.nbytes < LARGE or not (table._whole and _row_major(spec)) or indices.numel() * _FEW > spec.shape[0]:
         return None
-    row_bytes = source.spec.nbytes // source.spec.shape[0]
-    picked, places = torch.unique(indices, return_inverse=True)
-    few = picked.numel() * row_bytes * _FEW <= source.spec.nbytes
-    if not few or not picked.numel() or picked[0] < 0 or picked[-1] >= source.spec.shape[0]:
+    if source.resident:
+        return _use_unnoticed(func, source, args, kwargs)
+    picked, places = torch.unique(indices.cpu(), return_inverse=True)
+    if not picked.numel() or picked[0] < 0 or picked[-1] >= spec.shape[0]:
         return None
-    rows = _read_rows(source, picked.tolist(), row_bytes)
-    result: torch.Tensor = _on_rows(func, rows, places, args, kwargs)
+    rows = _read_rows(source, picked.tolist(), spec.nbytes // spec.shape[0])
+    result: torch.Tensor = _on_rows(func, rows.to(table.device), places.to(table.device), args, kwargs)
     return result
 
 
@@ -52,6 +56,20 @@ def _arguments(func: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
     if func is torch.ops.aten.index_select.default and args[1] == 0:
         return args[0], args[2]
     return None, None
+
+
+def _use_unnoticed(func: Any, source: StoredSource, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Run `func` on the resident weight; None if it has left meanwhile."""
+    moves = source.host.store.moves
+    with moves.lock:
+        if not moves.lease_unnoticed(source.stored):
+            return None
+    try:
+        result: torch.Tensor = func(source.read(), *args[1:], **kwargs)
+        return result
+    finally:
+        with moves.lock:
+            moves.release(source.stored)
 
 
 def _on_rows(func: Any, rows: torch.Tensor, places: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

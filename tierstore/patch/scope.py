@@ -110,8 +110,8 @@ class Frame:
         if plain is not None:
             return plain if plain.requires_grad == value.requires_grad else value
         source = _source_behind(value)
-        if source is None or (not source.resident and may_be_looked_up(source)):
-            return value  # what is done with it may need a few rows only
+        if source is None or may_be_looked_up(source):
+            return value  # what is done with it may need a few rows only, which is no reason to keep it
         room = self._room
         moves = room.moves
         with moves.lock:
