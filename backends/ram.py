@@ -28,7 +28,7 @@ class RamBackend(DeviceBackend, DivisibleBackend):
         self._most = 0
 
     def divides(self, nbytes: int) -> bool:
-        return nbytes >= 2 * self.piece_bytes and (-nbytes % UNIT) * _WASTE <= nbytes
+        return nbytes >= UNIT and (-nbytes % UNIT) * _WASTE <= nbytes
 
     def reserve(self, nbytes: int) -> torch.Tensor:
         return reserve(nbytes)

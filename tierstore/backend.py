@@ -72,7 +72,7 @@ class DivisibleBackend(MemoryBackend):
 
     @abstractmethod
     def divides(self, nbytes: int) -> bool:
-        """True if a value of `nbytes` is worth dividing into pieces of `piece_bytes`, of which the last may be smaller."""
+        """True if a value of `nbytes` should lie in pieces of `piece_bytes`, of which the last, or the only one, may be smaller."""
 
     @abstractmethod
     def reserve(self, nbytes: int) -> torch.Tensor:

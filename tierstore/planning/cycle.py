@@ -29,9 +29,9 @@ class Cycle:
     def bytes(self, keys: Collection[str]) -> int:
         return sum(self.sizes[key] for key in keys)
 
-    def moved(self, resident: Collection[str]) -> int:
-        """Return the bytes that come in while the cycle goes round once."""
-        return sum(self.sizes[key] for key in self.keys if key not in resident)
+    def moved(self, resident: Collection[str], fixed_bytes: int) -> int:
+        """Return what comes in while the cycle goes round once, in bytes, of which each transfer costs so many more."""
+        return sum(self.sizes[key] + fixed_bytes for key in self.keys if key not in resident)
 
     def ring(self, resident: Collection[str], slots: int = 2) -> int:
         """Return the bytes that streaming needs: all that is used at once, and the next `slots` - 1 entries after that."""

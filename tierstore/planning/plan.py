@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import log2
 
 from tierstore.errors import BudgetError
 from tierstore.planning.cycle import Cycle
 
 _GIANTS = 8  # how many of the largest sizes are tried as "always resident"
+_STEPS_TO_DOUBLE = 4  # of worth
 _ROUNDS = 3  # what stays makes the ring smaller, which lets more stay
 
 
@@ -45,7 +47,7 @@ def plan(
     `sizes` in bytes. `budgets`: bytes for these keys in each tier, fastest first (None: no limit); the last tier holds all of
     them. `durations`: seconds of computing after each access, by default in proportion to the bytes. `bandwidths`: bytes per
     second into each tier but the last, from the one below. `fixed_bytes`: what one transfer costs on top of its bytes,
-    expressed in bytes; it lets small entries stay. `together`: keys that are used at once, such as the pieces of one value,
+    expressed in bytes; it lets small entries stay, and large ones stream. `together`: keys that are used at once, such as the pieces of one value,
     have the same value in it.
 
     Each tier keeps what is used most often per byte, spread evenly over the trace among equals, so that what streams has
@@ -106,15 +108,15 @@ class _Choice:
             return frozenset(self.keys)
         sizes = self.cycle.sizes
         thresholds = sorted({sizes[key] for key in self.keys}, reverse=True)[:_GIANTS]
-        best, fewest = frozenset[str](), None
+        best, cheapest = frozenset[str](), None
         for threshold in [None, *thresholds]:
             forced = frozenset(key for key in self.keys if threshold is not None and sizes[key] >= threshold)
             chosen = self._beside(forced, self.budget)
             if chosen is None:
                 break
-            moved = self.cycle.moved(chosen)
-            if fewest is None or moved < fewest:
-                best, fewest = chosen, moved
+            cost = self.cycle.moved(chosen, self.fixed_bytes)
+            if cheapest is None or cost < cheapest:
+                best, cheapest = chosen, cost
         return best
 
     def _beside(self, forced: frozenset[str], budget: int) -> frozenset[str] | None:
@@ -152,9 +154,10 @@ class _Choice:
         return chosen
 
     def _by_worth(self, forced: frozenset[str]) -> list[set[str]]:
-        """Return groups of keys, the most used per byte first; those too small to be worth a transfer come before all."""
-        groups: dict[tuple[int, int], set[str]] = {}
+        """Return groups of keys, first those of which a byte saves most; what differs by less than a fifth is in one group."""
+        groups: dict[int, set[str]] = {}
         for key, count in self.uses.items():
             if key not in forced:
-                groups.setdefault((int(self.cycle.sizes[key] < self.fixed_bytes), count), set()).add(key)
-        return [groups[worth] for worth in sorted(groups, reverse=True)]
+                worth = count * (1 + self.fixed_bytes / max(1, self.cycle.sizes[key]))
+                groups.setdefault(round(_STEPS_TO_DOUBLE * log2(worth)), set()).add(key)
+        return [groups[step] for step in sorted(groups, reverse=True)]

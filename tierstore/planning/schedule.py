@@ -13,7 +13,7 @@ from tierstore.planning.shadow import Shadowed
 _ENOUGH = 32  # expected accesses in a row after which a repetition is believed; fewer if all of it is shorter
 _FEWEST = 4
 _BETTER = 0.98  # a new plan replaces one that moves at least this much less
-_FIXED_BYTES = 128 << 10  # what a transfer costs on top of its bytes: about 50 microseconds at 2.5 GB/s
+_FIXED_BYTES = 512 << 10  # what a transfer costs on top of its bytes: 0.2 ms at 2.5 GB/s from a disk, or 10 us at 50 GB/s
 
 
 class Follower(Protocol):
