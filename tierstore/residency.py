@@ -196,6 +196,7 @@ class Residency:
         """Like `added`, for a policy that was told before."""
         tier = self.tiers[level]
         entry.tiers.add(level)
+        self.timeline.moved(self.engine.now(), entry.key, level, came=True)
         if level == 0 and tier.memory:
             entry.tensor = tier.backend.get(entry.key)
             entry.seen = _writes(entry)
@@ -209,6 +210,7 @@ class Residency:
         """Record that a tier no longer holds `entry`."""
         tier = self.tiers[level]
         entry.tiers.discard(level)
+        self.timeline.moved(self.engine.now(), entry.key, level, came=False)
         tier.policy.remove(entry.key)
         tier.ledger.release(entry.nbytes)
         if level == 0:

@@ -13,6 +13,7 @@ from tierstore.backend import Backend, MemoryBackend
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, TierStoreError
 from tierstore.lease import Lease
+from tierstore.picture import draw
 from tierstore.planning.names import policy_factory
 from tierstore.planning.plan import Plan
 from tierstore.planning.policy import Foresight, PolicyFactory
@@ -272,9 +273,16 @@ class TieredStore:
             tier.backend.close()
 
     def timeline(self, file: str | os.PathLike[str]) -> None:
-        """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing."""
+        """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing.
+
+        A file that ends in .png becomes a picture: which values were in the fastest tier when, and how full each tier was.
+        """
+        tiers = self._moves.tiers
         with self._lock:
-            self._moves.timeline.write(file, [tier.name for tier in self._moves.tiers])
+            if os.fspath(file).lower().endswith(".png"):
+                draw(self._moves.timeline, [tier.name for tier in tiers], [tier.ledger.budget for tier in tiers], file)
+            else:
+                self._moves.timeline.write(file, [tier.name for tier in tiers])
 
     @property
     def plan(self) -> Plan | None:

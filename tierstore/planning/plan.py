@@ -47,8 +47,8 @@ def plan(
     `sizes` in bytes. `budgets`: bytes for these keys in each tier, fastest first (None: no limit); the last tier holds all of
     them. `durations`: seconds of computing after each access, by default in proportion to the bytes. `bandwidths`: bytes per
     second into each tier but the last, from the one below. `fixed_bytes`: what one transfer costs on top of its bytes,
-    expressed in bytes; it lets small entries stay, and large ones stream. `together`: keys that are used at once, such as the pieces of one value,
-    have the same value in it.
+    expressed in bytes; it lets small entries stay, and large ones stream. `together`: keys that are used at once, such as the
+    pieces of one value, have the same value in it.
 
     Each tier keeps what is used most often per byte, spread evenly over the trace among equals, so that what streams has
     computing to hide behind (DESIGN: spread; Cao, Felten, Karlin and Li 1995 for the order of fetches). Tiers are exclusive:
