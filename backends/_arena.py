@@ -60,6 +60,13 @@ class Arena:
             self._cool()
         return torch.from_numpy(token)
 
+    def limit(self, nbytes: int) -> None:
+        """Let what is live and what is kept for later be `nbytes` at most, or as much as is live."""
+        with self._lock:
+            self._collect()
+            self._ranges.peak = max(nbytes, self._ranges.live)
+            self._cool()
+
     def trim(self) -> None:
         """Give all free memory back to the system, and allow only as much as is live now until more is."""
         with self._lock:
@@ -67,6 +74,11 @@ class Arena:
             self._ranges.peak = self._ranges.live
             self._cool()
             self._regions = [region for region in self._regions if not self._ranges.remove(region.start, region.stop)]
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes that are live, or were when it was last looked at."""
+        return self._ranges.live
 
     @property
     def held_bytes(self) -> int:

@@ -26,6 +26,7 @@ import torch
 
 from tierstore.backend import FileBackend, FileExtent
 from tierstore.backends._blob import FORMAT_VERSION, Blob, encode_head, file_name, read_blob
+from tierstore.backends._files import OpenFiles
 from tierstore.backends._lock import (
     TEMPORARY,
     DirectoryLock,
@@ -57,6 +58,8 @@ class DiskBackend(FileBackend):
         self.path = Path(path).absolute()
         self._scratch = scratch
         self._closed = False
+        self._known: dict[str, tuple[int, int]] = {}  # which file of each key was found right
+        self._files = OpenFiles()
         _check_encodable(self.path)
         with opening(self.path):
             if prepare_root(self.path, marker="FORMAT", ignored="LOCK") and scratch:
@@ -85,7 +88,9 @@ class DiskBackend(FileBackend):
         self._make_folder(file.parent)
         data = raw_bytes(tensor).cpu().numpy()
         replace_file(file, (head, data.data), sync=not self._scratch)
+        self._files.forget(file)
         self._blobs[key] = Blob.of(spec, head)
+        self._known[key] = _identity(file.stat())
         self._sync(file.parent)  # after the entry, since the new file is in place even if this fails
 
     def get(self, key: str) -> torch.Tensor:
@@ -93,20 +98,21 @@ class DiskBackend(FileBackend):
         # inference mode would mark the memory as an inference tensor, which autograd refuses to save
         with torch.inference_mode(False), torch.no_grad():
             whole = _map_file(file, blob.file_size)
-            blob.check_head(whole.numpy()[: blob.data_offset].data, key, file)
             # through numpy the tensor's storage is the data alone, and still keeps the whole map alive
             return typed_view(torch.from_numpy(whole.numpy()[blob.data_offset :]), blob.spec)
 
     def extent(self, key: str) -> FileExtent:
         file, blob = self._find(key)
-        blob.check_head(_read_start(file, blob.data_offset), key, file)
-        return FileExtent(str(file), blob.data_offset, blob.spec.nbytes)
+        return FileExtent(str(file), blob.data_offset, blob.spec.nbytes, self._files.of(file))
 
     def delete(self, key: str) -> None:
         self._check_open()
         if key not in self._blobs:
             raise KeyError(key)
-        self.file_of(key).unlink(missing_ok=True)
+        file = self.file_of(key)
+        file.unlink(missing_ok=True)
+        self._files.forget(file)
+        self._known.pop(key, None)
         del self._blobs[key]
 
     def entries(self) -> Iterator[tuple[str, TensorSpec]]:
@@ -117,19 +123,29 @@ class DiskBackend(FileBackend):
         if self._closed:
             return
         self._closed = True
+        self._files.close()
         if self._scratch and self._lock.owned:
             shutil.rmtree(self.path, ignore_errors=True)  # what resists is swept by the next scratch store
         self._lock.release()
 
     def _find(self, key: str) -> tuple[Path, Blob]:
-        """Return the file of `key` and its description, after checking that its size is right."""
+        """Return the file of `key` and its description, after checking that its size is right, and that nobody has changed it.
+
+        The header is read again only if the file is another one, or was written to, since it was last found right.
+        """
         self._check_open()
         blob = self._blobs[key]
         file = self.file_of(key)
-        size = _size_of(file)
-        if size != blob.file_size:
-            reason = "the file is missing" if size is None else f"the file has {size} bytes instead of {blob.file_size}"
-            raise CorruptionError(key, str(file), reason)
+        try:
+            status = file.stat()
+        except FileNotFoundError:
+            raise CorruptionError(key, str(file), "the file is missing") from None
+        if status.st_size != blob.file_size:
+            raise CorruptionError(key, str(file), f"the file has {status.st_size} bytes instead of {blob.file_size}")
+        if self._known.get(key) != _identity(status):
+            self._files.forget(file)
+            blob.check_head(_read_start(file, blob.data_offset), key, file)
+            self._known[key] = _identity(status)
         return file, blob
 
     def _check_open(self) -> None:
@@ -194,15 +210,13 @@ def _check_encodable(path: Path) -> None:
         raise BackendError(f"the path {path!a} is not UTF-8, and torch maps no other; choose another path") from None
 
 
-def _size_of(file: Path) -> int | None:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return None
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    """Return what differs when a file is replaced or written to."""
+    return status.st_ino, status.st_mtime_ns
 
 
 def _read_start(file: Path, nbytes: int) -> bytes:
-    """Read the first bytes of a file; buffered, since the same header is read again at the next access."""
+    """Read the first bytes of a file."""
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if hasattr(os, "posix_fadvise"):

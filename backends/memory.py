@@ -25,12 +25,12 @@ class DeviceBackend(MemoryBackend):
         self._arena = Arena()
 
     def put(self, key: str, tensor: torch.Tensor) -> None:
-        copy = self.allocate(TensorSpec.of(tensor))
+        copy = self.allocate(key, TensorSpec.of(tensor))
         with torch.inference_mode(False), torch.no_grad():
             raw_bytes(copy).copy_(raw_bytes(tensor))
         self._tensors[key] = copy
 
-    def allocate(self, spec: TensorSpec) -> torch.Tensor:
+    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
         # inference mode would mark the memory as an inference tensor, which training could not write to later
         with torch.inference_mode(False), torch.no_grad():
             return typed_view(self._allocate(spec.nbytes), spec)

@@ -13,10 +13,10 @@ SOURCE = Path(__file__).parents[1] / "tierstore"
 
 # bottom first; modules of one layer may import one another, without a cycle
 LAYERS = (
-    {"errors", "sizes", "spec", "devices", "shield"},
+    {"errors", "sizes", "spec", "devices", "shield", "open_file"},
     {"backend", "registry"},
     {"ledger", "planning"},
-    {"entry", "tier", "stats", "timeline", "transfer"},
+    {"entry", "tier", "stats", "timeline", "picture", "transfer"},
     {"residency", "flights", "leasing", "writing", "lease"},
     {"store"},
     {"report"},

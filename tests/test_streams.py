@@ -290,8 +290,8 @@ def side_streams_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def allocated_on_any_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    def allocate(order: StreamOrder, target: FakeMemory, spec: TensorSpec) -> tuple[torch.Tensor, Stream]:
-        memory = target.allocate(spec)
+    def allocate(order: StreamOrder, target: FakeMemory, key: str, spec: TensorSpec) -> tuple[torch.Tensor, Stream]:
+        memory = target.allocate(key, spec)
         order.own(memory, order._latest)
         return memory, order._latest
 

@@ -49,16 +49,14 @@ class Flights(Residency):
         self._pumping = False
         self._foresights = [(level, tier.policy) for level, tier in enumerate(self.tiers[:-1]) if isinstance(tier.policy, Foresight)]
 
-    def begin(self, entry: Entry, source: int, target: int, *, used: bool = False) -> Flight:
+    def begin(self, entry: Entry, source: int, target: int) -> Flight:
         """Start to copy an entry that is marked busy into a tier where its bytes are reserved; releases the lock for a moment.
 
-        `used`: somebody waits for it. When it has landed the busy mark is gone, and so is the reservation if it failed.
+        When it has landed the busy mark is gone, and so is the reservation if it failed.
         """
         tier = self.tiers[target]
         flight = Flight(entry, source, target, tier.stale.pop(entry.key, None), self.engine.now())
         tier.policy.insert(entry.key, entry.nbytes)
-        if used:
-            tier.policy.access(entry.key)
         self._flights[target] += 1
         self._flying[target] += entry.nbytes
         self.counters.link_busy(source, target, flight.started)

@@ -75,6 +75,17 @@ class Leasing(Flights):
             self._wait_until_ready((entry,))
         return True
 
+    def lease_unnoticed(self, entries: Sequence[Entry]) -> bool:
+        """Lease entries if that takes no move; the policy is not told, since so small a use is no reason for them to stay."""
+        fresh = sum(entry.nbytes for entry in entries if entry.leases == 0)
+        if any(entry.busy or not entry.resident for entry in entries) or not self._leaves(0, fresh):
+            return False
+        self._lease(entries)
+        self.counters.hits += len(entries)
+        self.engine.computing()
+        self._wait_until_ready(entries)
+        return True
+
     def _try_acquire(self, wanted: list[Entry], headroom: int) -> bool:
         if any(entry.busy for entry in wanted):
             return False
@@ -85,8 +96,12 @@ class Leasing(Flights):
         if not self._leaves(headroom, sum(entry.nbytes for entry in wanted if entry.leases == 0)):
             return False
         missing = [entry for entry in wanted if 0 not in entry.tiers]
+        policy = self.tiers[0].policy
+        if len(wanted) > 1 and isinstance(policy, Foresight):
+            policy.together([entry.key for entry in wanted])
         self._lease(wanted)
         if not missing:
+            self._tell(wanted)
             self._count(wanted, 0)
             return True
         need = sum(entry.nbytes for entry in missing)
@@ -105,7 +120,7 @@ class Leasing(Flights):
         self.release(wanted)
         return moved and self._try_acquire(wanted, headroom)
 
-    def _wait_until_ready(self, leased: Iterable[Entry]) -> None:
+    def _wait_until_ready(self, leased: Sequence[Entry]) -> None:
         """Let what this thread computes from now on come after the copies that fill what it leased."""
         for entry in leased:
             if entry.ready is not None:
@@ -139,7 +154,8 @@ class Leasing(Flights):
         try:
             while todo:
                 entry = todo.pop(0)
-                flights.append(self.begin(entry, min(entry.tiers), 0, used=True))
+                flights.append(self.begin(entry, min(entry.tiers), 0))
+            self._tell(wanted)
             self.pump()
             while not all(flight.done for flight in flights):
                 self.engine.wait(self.lock)
@@ -157,17 +173,27 @@ class Leasing(Flights):
     def _stalled(self, operation: object, since: float) -> None:
         now = self.engine.now()
         self.counters.stall_seconds += now - since
+        policy = self.tiers[0].policy
+        if isinstance(policy, Foresight):
+            policy.waited(now - since)
         self.timeline.stalled(str(operation), since, now)
 
     def _count(self, wanted: list[Entry], missed: int) -> None:
         self.counters.misses += missed
         self.counters.hits += len(wanted) - missed
-        policy = self.tiers[0].policy
-        for entry in wanted:
-            if 0 in entry.tiers:
-                policy.access(entry.key)
 
-    def _lease(self, entries: list[Entry]) -> None:
+    def _tell(self, used: list[Entry]) -> None:
+        """Tell the policy of uses, in an order that does not depend on what is missing; all of it is in the tier or on its way.
+
+        What has landed and gone wrong meanwhile is left out.
+        """
+        keys = [entry.key for entry in used if 0 in entry.tiers or entry.busy]
+        if len(keys) > 1:
+            self.tiers[0].policy.access_all(keys)
+        elif keys:
+            self.tiers[0].policy.access(keys[0])
+
+    def _lease(self, entries: Sequence[Entry]) -> None:
         me = threading.get_ident()
         taken = 0
         for entry in entries:

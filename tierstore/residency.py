@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-import torch
-
 from tierstore.entry import Entry, Handout
 from tierstore.errors import BudgetError, ClosedError, MissingKeyError, TierStoreError
 from tierstore.shield import shielded
@@ -201,9 +199,10 @@ class Residency:
         """Like `added`, for a policy that was told before."""
         tier = self.tiers[level]
         entry.tiers.add(level)
+        self.timeline.moved(self.engine.now(), entry.key, level, came=True)
         if level == 0 and tier.memory:
             entry.tensor = tier.backend.get(entry.key)
-            entry.seen = _writes(entry.tensor)
+            entry.seen = _writes(entry)
 
     def drop(self, entry: Entry, level: int) -> None:
         """Delete one copy and give its bytes back."""
@@ -214,6 +213,7 @@ class Residency:
         """Record that a tier no longer holds `entry`."""
         tier = self.tiers[level]
         entry.tiers.discard(level)
+        self.timeline.moved(self.engine.now(), entry.key, level, came=False)
         tier.policy.remove(entry.key)
         tier.ledger.release(entry.nbytes)
         if level == 0:
@@ -246,27 +246,30 @@ class Residency:
         """Make the resident copy of `entry`, which was written in place, the only valid one."""
         entry.version += 1
         if entry.tensor is not None:
-            entry.seen = _writes(entry.tensor)
+            entry.seen = _writes(entry)
         self.invalidate(entry, keep=0)
 
     def refresh(self, entry: Entry) -> None:
         """Take note of writes to the resident value that nobody told of; before a copy of it elsewhere is taken for equal."""
-        if entry.tensor is not None and _writes(entry.tensor) != entry.seen:
+        if entry.tensor is not None and _writes(entry) != entry.seen:
             self.outdate(entry)
 
     # -- reads without a lease ------------------------------------------------------------------------------------
 
-    def hand_out(self, entry: Entry, handout: Handout) -> None:
-        """Let readers use the resident value of `entry` without a lease until it is withdrawn; they note its key each time."""
-        entry.handout = handout
-        self.handed_out += entry.nbytes
+    def hand_out(self, handout: Handout) -> None:
+        """Let readers use resident entries without a lease until they are withdrawn; they note the keys each time."""
+        for entry in handout.entries:
+            entry.handout = handout
+            self.handed_out += entry.nbytes
 
     def withdraw(self, entry: Entry) -> bool:
         """End what `hand_out` began, and take note of writes; False, and nothing is done, while a reader is not done yet."""
         if entry.handout is not None:
             if not entry.handout.withdraw():
                 return False
-            self._take_back(entry)
+            self._take_back(entry.handout)
+        if entry.guard is not None and entry.guard.used():
+            return False
         self.refresh(entry)
         return True
 
@@ -279,11 +282,12 @@ class Residency:
         entry.tensor, entry.shown = None, False
         if entry.handout is not None:
             entry.handout.forget()
-            self._take_back(entry)
+            self._take_back(entry.handout)
 
-    def _take_back(self, entry: Entry) -> None:
-        entry.handout = None
-        self.handed_out -= entry.nbytes
+    def _take_back(self, handout: Handout) -> None:
+        for entry in handout.entries:
+            entry.handout = None
+            self.handed_out -= entry.nbytes
 
     def catch_up(self) -> None:
         """Tell the policy of uses without a lease, in their order."""
@@ -325,6 +329,9 @@ class Residency:
         self.lock.notify_all()
 
 
-def _writes(tensor: torch.Tensor) -> int:
-    """Return torch's count of writes to `tensor`; a tensor made in inference mode has none."""
-    return 0 if tensor.is_inference() else tensor._version
+def _writes(entry: Entry) -> int:
+    """Return torch's count of writes to the resident value; a tensor made in inference mode has none."""
+    if entry.guard is not None:
+        return entry.guard.writes()
+    tensor = entry.tensor
+    return 0 if tensor is None or tensor.is_inference() else tensor._version

@@ -13,6 +13,7 @@ from tierstore.backend import Backend, MemoryBackend
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, TierStoreError
 from tierstore.lease import Lease
+from tierstore.picture import draw
 from tierstore.planning.names import policy_factory
 from tierstore.planning.plan import Plan
 from tierstore.planning.policy import Foresight, PolicyFactory
@@ -39,12 +40,13 @@ class TieredStore:
         names = [tier.name for tier in tiers]
         if len(set(names)) < len(names):
             raise TierStoreError(f"tier names must differ, got {names}")
-        make_policy = policy_factory(policy)
+        make_policy, engine = policy_factory(policy), engine_for(tiers[0].backend) if engine is None else engine
         for tier in tiers:
             tier.policy = make_policy()
             if isinstance(tier.policy, Foresight):
                 tier.policy.budget(tier.ledger.budget)
-        self._moves = Moves(tiers, engine_for(tiers[0].backend) if engine is None else engine)
+                tier.policy.timed(engine.now)
+        self._moves = Moves(tiers, engine)
         self._lock = self._moves.lock
         self._background: ThreadPoolExecutor | None = None
         try:
@@ -273,9 +275,16 @@ class TieredStore:
             tier.backend.close()
 
     def timeline(self, file: str | os.PathLike[str]) -> None:
-        """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing."""
+        """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing.
+
+        A file that ends in .png becomes a picture: which values were in the fastest tier when, and how full each tier was.
+        """
+        tiers = self._moves.tiers
         with self._lock:
-            self._moves.timeline.write(file, [tier.name for tier in self._moves.tiers])
+            if os.fspath(file).lower().endswith(".png"):
+                draw(self._moves.timeline, [tier.name for tier in tiers], [tier.ledger.budget for tier in tiers], file)
+            else:
+                self._moves.timeline.write(file, [tier.name for tier in tiers])
 
     @property
     def plan(self) -> Plan | None:

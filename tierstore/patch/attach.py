@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from functools import partial
 from typing import cast
 
 import torch
@@ -17,23 +14,21 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from tierstore.backend import MappedBackend
-from tierstore.devices import allocated_bytes, release_cached
 from tierstore.entry import Entry
-from tierstore.errors import BudgetError, ModelError, TierStoreError
+from tierstore.errors import ModelError, TierStoreError
 from tierstore.patch.handout import ResidentParameter
-from tierstore.patch.pressure import Pressure
+from tierstore.patch.host import StoreHost
 from tierstore.patch.regions import Binding, Region, check_model, find_regions, named_tensors
 from tierstore.patch.restore import give_back_held, move_plain, restore_binding, settle
 from tierstore.patch.room import check_room, largest_owner, smallest
 from tierstore.patch.scope import install_scope, remove_scope
-from tierstore.patch.source import EntrySource, Host, Source, typed_part
+from tierstore.patch.source import typed_part
+from tierstore.patch.stored import EntrySource, StoredSource
 from tierstore.patch.swap import replace_content
 from tierstore.patch.tensor import tiered_class
 from tierstore.patch.wrapper import Wrapper
-from tierstore.spec import TensorSpec, raw_bytes, typed_view
+from tierstore.spec import raw_bytes, typed_view
 from tierstore.store import TieredStore
-from tierstore.writing import Moves
 
 SMALL = 64 << 10  # bytes; tensors up to this size are held where many of them take a small part of the fast tier
 _SHARE_OF_SMALL = 16  # the part is one of so many
@@ -53,33 +48,22 @@ def refuse_attached(roots: Mapping[str, torch.nn.Module]) -> None:
                 raise ModelError(f"{path or type(module).__name__!r} is already under tiered(); leave that `with` first")
 
 
-class Attachment(Host):
+class Attachment(StoreHost):
     """The tie between models and one store, from `attach` to `detach`.
 
     Where everything fits into the fast tier the tensors stay plain and are only counted ("held"): no wrapper, no scope, no
-    cost. Where it does not, the small ones are held, as long as they take a small part of that tier together. `headroom` is
-    the largest number of bytes that one operation has needed or may need at once.
+    cost. Where it does not, the small ones are held, as long as they take a small part of that tier together.
     """
 
     def __init__(self, store: TieredStore, device: torch.device) -> None:
-        self.store = store
-        self.device = device
-        self.headroom = 0
-        self.pressure = Pressure(store.moves, allocated_bytes(device), partial(release_cached, device), self._needed)
+        super().__init__(store, device)
         self.roots: dict[str, torch.nn.Module] = {}
         self._regions: list[Region] = []
         self._held: dict[Region, Entry] = {}
         self.holds_all = True
         self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-        self._sources: weakref.WeakSet[EntrySource] = weakref.WeakSet()
         self._bound: set[int] = set()
         self._handles: list[RemovableHandle] = []
-        self._unused_keys: deque[str] = deque()
-        self._unreleased: deque[tuple[list[Entry], int]] = deque()
-
-    @property
-    def moves(self) -> Moves:
-        return self.store.moves
 
     # -- in -----------------------------------------------------------------------------------------------------
 
@@ -98,10 +82,6 @@ class Attachment(Host):
             register_module_parameter_registration_hook(cast(Callable[..., None], self._parameter_added)),  # it may return a tensor
         ]
         self.pressure.begin()
-
-    def _needed(self) -> int:
-        """Bytes of the fast tier without which some operation could not run beside the fetch for the next one."""
-        return 2 * self.headroom
 
     def _take(self, regions: list[Region], modules: Iterable[torch.nn.Module], progress: Progress) -> None:
         budget = self.moves.tiers[0].ledger.limit
@@ -137,13 +117,13 @@ class Attachment(Host):
         region.base = None
         self._wrap_all(region, source)
 
-    def _wrap_all(self, region: Region, source: EntrySource) -> None:
+    def _wrap_all(self, region: Region, source: StoredSource) -> None:
         for binding in region.bindings:
             self._wrap(binding, source)
         if region.lone_buffer and region.spec.nbytes <= SMALL:
             region.bindings[0].tensor._copied = True  # type: ignore[attr-defined]
 
-    def _wrap(self, binding: Binding, source: EntrySource) -> None:
+    def _wrap(self, binding: Binding, source: StoredSource) -> None:
         tensor = binding.tensor
         wrapper = tiered_class(binding.kind).wrap(source, self.device, binding.geometry, requires_grad=tensor.requires_grad)
         replace_content(tensor, wrapper)
@@ -188,114 +168,15 @@ class Attachment(Host):
             for module in self._modules:
                 install_scope(module, self)
 
+    def give_way(self) -> bool:
+        held = bool(self._held)
+        self.release_held()
+        return held
+
     def has(self, module: torch.nn.Module) -> bool:
         return module in self._modules
 
     # -- while attached -----------------------------------------------------------------------------------------
-
-    def adopt(self, name: str, tensor: torch.Tensor) -> EntrySource:
-        self._sweep()
-        with self.moves.lock:
-            key = self._free_key(name)
-        with torch.inference_mode(False), torch.no_grad():
-            self._fill(key, tensor)
-        with self.moves.lock:
-            source = EntrySource(self, self.moves.entry(key))
-        self._sources.add(source)
-        return source
-
-    def _fill(self, key: str, tensor: torch.Tensor) -> None:
-        with suppress(torch.OutOfMemoryError):
-            self.store.fill(key, tensor)
-            return
-        self.make_way(tensor.nbytes, [])
-        self.store.fill(key, tensor)
-
-    def _free_key(self, name: str) -> str:
-        key, number = name, 1
-        while key in self.moves.entries:
-            number += 1
-            key = f"{name}#{number}"
-        return key
-
-    def lease(self, entries: list[Entry], operation: object) -> bool:
-        with suppress(torch.OutOfMemoryError):
-            return self._lease_or_unhold(entries, operation)
-        self.make_way(sum(entry.nbytes for entry in entries), entries)
-        return self._lease_or_unhold(entries, operation)
-
-    def _lease_or_unhold(self, entries: list[Entry], operation: object) -> bool:
-        try:
-            self._lease(entries, operation)
-        except BudgetError:
-            if not self._held:
-                raise
-            self.release_held()
-            self._lease(entries, operation)
-            return True
-        return False
-
-    def make_way(self, nbytes: int, entries: list[Entry]) -> None:
-        self.pressure.relieve(nbytes, entries)
-
-    def _lease(self, entries: list[Entry], operation: object) -> None:
-        moves = self.moves
-        with moves.lock:
-            if len(entries) == 1 and moves.lease_resident(entries[0], 0):
-                moves.pump()  # not when the lease ends: who ends it still refers to what has to leave
-            else:
-                moves.acquire(entries, operation)
-
-    def copy_out(self, source: Source) -> torch.Tensor:
-        mapped = self._mapped(source)
-        if mapped is not None:
-            return mapped
-        entries = list(source.entries())
-        self.lease(entries, "reading")
-        try:
-            plain = source.read()
-            with torch.inference_mode(False), torch.no_grad():
-                return typed_view(raw_bytes(plain).clone(), TensorSpec.of(plain))
-        finally:
-            with self.moves.lock:
-                self.moves.release(entries)
-
-    def _mapped(self, source: Source) -> torch.Tensor | None:
-        """Return a private map of the value where a file holds it: takes no memory, so a whole state dict can be saved."""
-        if self.device.type != "cpu" or not isinstance(source, EntrySource) or source.settled is not None:
-            return None
-        entry = source.entry
-        with self.moves.lock:
-            self.moves.wait_until_idle(entry)
-            self.moves.refresh(entry)
-            for level in sorted(entry.tiers):
-                if isinstance(self.moves.tiers[level].backend, MappedBackend):
-                    return self.moves.tiers[level].backend.get(entry.key)
-        return None
-
-    def forget(self, key: str) -> None:
-        self._unused_keys.append(key)
-
-    def release_later(self, entries: list[Entry], owner: int) -> None:
-        self._unreleased.append((entries, owner))
-
-    def worked_on(self, nbytes: int) -> None:
-        self.pressure.tick()
-        if nbytes > self.headroom:
-            self.headroom = nbytes
-        if self._unused_keys or self._unreleased:
-            self._sweep()
-
-    def _sweep(self) -> None:
-        """Do what finalisers asked for; they may not take the lock themselves."""
-        while self._unreleased:
-            entries, owner = self._unreleased.popleft()
-            with self.moves.lock:
-                self.moves.release(entries, owner)
-        for _ in range(len(self._unused_keys)):
-            key = self._unused_keys.popleft()
-            if not self.moves.closed and key in self.store:
-                del self.store[key]
 
     def _module_added(self, parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
         """A module was put into one of ours: take its tensors too."""
@@ -347,8 +228,9 @@ class Attachment(Host):
     def _place(self, region: Region, tensor: torch.Tensor) -> str:
         if region in self._held or not isinstance(tensor, Wrapper):
             return self.moves.tiers[0].name
-        entries = list(tensor._source.entries())
-        return self.store.tier_of(entries[0].key) if entries else self.moves.tiers[0].name
+        with self.moves.lock:
+            level = max((min(entry.tiers) for entry in tensor._source.entries()), default=0)  # of a divided one the slowest piece
+            return self.moves.tiers[level].name
 
     def keys_of(self, module: torch.nn.Module) -> list[str]:
         """Return the keys of everything that `module` owns, itself or through submodules."""
@@ -395,10 +277,10 @@ class Attachment(Host):
         for source in list(self._sources):
             try:
                 source.before_write()  # copies still to be made would find no store
-                settle(self.store, source, homes.get(id(source)))
+                settle(source, homes.get(id(source)))
             except (TierStoreError, OSError, RuntimeError, MemoryError) as error:
                 errors.append(error)
         for source in list(self._sources):  # those that the lazy copies turned into
             if source.settled is None and not errors:
-                settle(self.store, source, homes.get(id(source)))
+                settle(source, homes.get(id(source)))
         return errors

@@ -20,7 +20,7 @@ class FakeMemory(MemoryBackend):
         self._fake = fake
         self._tensors: dict[str, torch.Tensor] = {}
 
-    def allocate(self, spec: TensorSpec) -> torch.Tensor:
+    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad():
             return typed_view(self._raw(spec.nbytes), spec)
 
@@ -28,7 +28,7 @@ class FakeMemory(MemoryBackend):
         return self._fake.allocate(nbytes)
 
     def put(self, key: str, tensor: torch.Tensor) -> None:
-        new = self.allocate(TensorSpec.of(tensor))
+        new = self.allocate(key, TensorSpec.of(tensor))
         with torch.inference_mode(False), torch.no_grad():
             self._fill(raw_bytes(new), raw_bytes(tensor))
         self._tensors[key] = new

@@ -109,7 +109,7 @@ class SimulatedEngine(Engine):
         target = transfer.target
         memory: torch.Tensor | None = None
         if isinstance(target, MemoryBackend):
-            memory = target.allocate(transfer.spec)
+            memory = target.allocate(transfer.key, transfer.spec)
             raw_bytes(memory).fill_(POISON)
             target.adopt(transfer.key, memory)
         ends = self._ends(transfer)

@@ -59,11 +59,11 @@ class StreamOrder:
                     self._seen.append(stream)
         return stream
 
-    def allocate(self, target: MemoryBackend, spec: TensorSpec) -> tuple[torch.Tensor, Stream]:
-        """Return memory for a value, and its owner; whoever fills it on another stream waits for a mark on the owner first."""
+    def allocate(self, target: MemoryBackend, key: str, spec: TensorSpec) -> tuple[torch.Tensor, Stream]:
+        """Return memory for the value of `key`, and its owner; whoever fills it on another stream waits for a mark on the owner first."""
         owner = self._latest
         with self._accelerator.on(owner):
-            memory = target.allocate(spec)
+            memory = target.allocate(key, spec)
         self.own(memory, owner)
         return memory, owner
 

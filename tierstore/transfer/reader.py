@@ -6,14 +6,16 @@ import threading
 from collections.abc import Callable
 from itertools import pairwise
 from queue import SimpleQueue
+from typing import Protocol
 
 import torch
 
 from tierstore.backend import FileExtent
 from tierstore.errors import BackendError, ClosedError
-from tierstore.transfer.open_file import PAGE, OpenFile
+from tierstore.open_file import PAGE, OpenFile
 
 Done = Callable[[BaseException | None], None]
+Prepare = Callable[[], tuple[FileExtent, torch.Tensor]]
 
 
 class Reader:
@@ -31,7 +33,7 @@ class Reader:
         self._request_bytes = -(-request_bytes // PAGE) * PAGE  # so that each request ends at a page's border
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._queue: SimpleQueue[_Request | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Step | None] = SimpleQueue()
         self._closed = False
 
     def submit(self, extent: FileExtent, out: torch.Tensor, done: Done) -> None:
@@ -41,17 +43,35 @@ class Reader:
         with None or the first error (`OSError`; `CorruptionError` for a file that ends too early). It must not raise, nor
         wait for another extent. `out` is kept alive until all is read, and no longer when `done` is called.
         """
-        if out.dtype is not torch.uint8 or out.device.type != "cpu" or not out.is_contiguous() or out.numel() != extent.nbytes:
-            raise ValueError(
-                f"reading {extent.nbytes} bytes needs a contiguous uint8 CPU tensor of that size, "
-                f"got {out.dtype} {tuple(out.shape)} on {out.device}"
-            )
+        _check_memory(extent, out)
         with self._lock:
-            if self._closed:
-                raise ClosedError("this reader is closed; make a new one")
-            self._start()
+            self._check_open()
             for request in _requests(_Job(extent, out, done), self._request_bytes):
                 self._queue.put(request)
+
+    def begin(self, prepare: Prepare, done: Done) -> None:
+        """Like `submit` of what `prepare` returns, which a reader thread calls when it comes to it.
+
+        What `prepare` raises is handed to `done` if it is an `Exception`.
+        """
+        with self._lock:
+            self._check_open()
+            self._queue.put(_Beginning(self, prepare, done))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this reader is closed; make a new one")
+        self._start()
+
+    def share_out(self, job: _Job) -> list[_Request]:
+        """Leave all but the first part of `job` to whichever thread is free; return those that this thread has to read."""
+        requests = _requests(job, self._request_bytes)
+        with self._lock:
+            if self._closed:  # the other threads are ending
+                return requests
+            for request in requests[1:]:
+                self._queue.put(request)
+        return requests[:1]
 
     def close(self) -> None:
         """Wait until everything submitted has been read, and end the threads. Not to be called from a `done`."""
@@ -83,7 +103,7 @@ class _Job:
         self._error: BaseException | None = None
         self._file: OpenFile | None = None
         try:
-            self._file = OpenFile(extent.path)
+            self._file = OpenFile.of(extent.path, extent.file)
         except OSError as error:
             self._error = error.with_traceback(None)
 
@@ -106,6 +126,35 @@ class _Job:
         self._done(self._error)
 
 
+class _Step(Protocol):
+    """What a thread does at one go."""
+
+    def serve(self) -> None: ...
+
+
+class _Beginning:
+    """An extent that nobody has looked for yet."""
+
+    def __init__(self, reader: Reader, prepare: Prepare, done: Done) -> None:
+        self._reader = reader
+        self._prepare = prepare
+        self._done = done
+
+    def serve(self) -> None:
+        for request in self._requests():
+            request.serve()
+
+    def _requests(self) -> list[_Request]:
+        """Return what this thread reads; a function of its own, so that no frame holds the memory when the reading has ended."""
+        try:
+            extent, out = self._prepare()
+            _check_memory(extent, out)
+        except Exception as error:  # noqa: BLE001  (handed to whoever waits for the value)
+            self._done(error.with_traceback(None))
+            return []
+        return self._reader.share_out(_Job(extent, out, self._done))
+
+
 class _Request:
     """A part of an extent, read by one thread."""
 
@@ -126,6 +175,14 @@ class _Request:
             self._job.end(error)
 
 
+def _check_memory(extent: FileExtent, out: torch.Tensor) -> None:
+    if out.dtype is not torch.uint8 or out.device.type != "cpu" or not out.is_contiguous() or out.numel() != extent.nbytes:
+        raise ValueError(
+            f"reading {extent.nbytes} bytes needs a contiguous uint8 CPU tensor of that size, "
+            f"got {out.dtype} {tuple(out.shape)} on {out.device}"
+        )
+
+
 def _requests(job: _Job, size: int) -> list[_Request]:
     """Cut an extent into requests that end where the file's pages do; an empty one still makes one request."""
     offset, nbytes = job.extent.offset, job.extent.nbytes
@@ -135,14 +192,14 @@ def _requests(job: _Job, size: int) -> list[_Request]:
     return requests
 
 
-def _serve(queue: SimpleQueue[_Request | None]) -> None:
+def _serve(queue: SimpleQueue[_Step | None]) -> None:
     while _serve_next(queue):
         pass
 
 
-def _serve_next(queue: SimpleQueue[_Request | None]) -> bool:
-    """Serve one request; a function of its own, so that a thread that waits holds no memory of the one before."""
-    request = queue.get()
-    if request is not None:
-        request.serve()
-    return request is not None
+def _serve_next(queue: SimpleQueue[_Step | None]) -> bool:
+    """Take one step; a function of its own, so that a thread that waits holds no memory of the one before."""
+    step = queue.get()
+    if step is not None:
+        step.serve()
+    return step is not None

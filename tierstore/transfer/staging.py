@@ -134,7 +134,7 @@ class _Chunk:
         self.nbytes = min(SLAB_BYTES, job.extent.nbytes - start)
 
     def extent(self) -> FileExtent:
-        return FileExtent(self.job.extent.path, self.job.extent.offset + self.start, self.nbytes)
+        return FileExtent(self.job.extent.path, self.job.extent.offset + self.start, self.nbytes, self.job.extent.file)
 
     def target(self) -> torch.Tensor:
         assert self.job.target is not None

@@ -107,6 +107,7 @@ class StreamEngine(ThreadEngine):
         self._pool("watch", 1).submit(_watch, event, then)
 
     def close(self) -> None:
+        self._end("issue")  # before the reader, which it submits to
         super().close()
         self._end("watch")  # last, since all the others submit to it
         self._order.close()
@@ -130,5 +131,5 @@ def _watch(event: Event, then: Done) -> None:
 def _to_lower(transfer: Transfer, target: Backend) -> torch.Tensor:
     """Return memory for a value that comes down: the target's own where that is memory, else plain RAM for its `put`."""
     if isinstance(target, MemoryBackend):
-        return target.allocate(transfer.spec)
+        return target.allocate(transfer.key, transfer.spec)
     return typed_view(torch.empty(transfer.spec.nbytes, dtype=torch.uint8, device="cpu"), transfer.spec)

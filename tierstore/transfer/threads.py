@@ -8,7 +8,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
 
-from tierstore.backend import FileBackend, MemoryBackend
+from tierstore.backend import FileBackend, FileExtent, MemoryBackend
 from tierstore.errors import CorruptionError
 from tierstore.spec import raw_bytes
 from tierstore.transfer.engine import Arrived, Done, Engine, Transfer, copy_value
@@ -22,11 +22,13 @@ class ThreadEngine(Engine):
 
     Threads start when they are first needed. The lock is held only to start or end them.
 
-    [Note: the thread that issues reads]
-    Reads are prepared by one thread of their own. It takes the opening of files off the thread that computes, and what is
-    allocated for a value (its tensor and storage objects, which live as long as it is resident) comes from that thread's
+    [Note: who prepares a read]
+    The thread that reads also looks for the file and allocates the memory. That takes both off the thread that computes, and
+    what is allocated for a value (its tensor and storage objects, which live as long as it is resident) comes from another
     part of the heap. In the computing thread's part such objects, a few hundred bytes each, lie between buffers of many
-    megabytes and keep freed ones from being joined: the heap grew by 10 to 20 % of the weights (glibc).
+    megabytes and keep freed ones from being joined: the heap grew by 10 to 20 % of the weights (glibc). And while all cores
+    compute, each time that a thread has to be woken or waits for the interpreter may take a millisecond, as long as reading
+    a few megabytes: so there is one thread from beginning to end, and as few system calls as there can be.
     """
 
     def __init__(self, reader: Reader | None = None) -> None:
@@ -40,7 +42,8 @@ class ThreadEngine(Engine):
     def start(self, transfer: Transfer, done: Done, arrived: Arrived) -> None:
         source, target = transfer.source, transfer.target
         if isinstance(source, FileBackend) and isinstance(target, MemoryBackend) and target.device.type == "cpu":
-            self._pool("issue", 1).submit(self._read, transfer, source, target, done)
+            read = _FileRead(transfer, source, target, done)
+            self._reader.begin(read.prepare, read.landed)
         else:
             self._pool("copy", WORKERS).submit(self._work, transfer, done)
 
@@ -49,25 +52,6 @@ class ThreadEngine(Engine):
             if name not in self._pools:
                 self._pools[name] = ThreadPoolExecutor(threads, thread_name_prefix=f"tierstore-{name}")
             return self._pools[name]
-
-    def _read(self, transfer: Transfer, source: FileBackend, target: MemoryBackend, done: Done) -> None:
-        held: list[torch.Tensor] = []
-
-        def landed(error: BaseException | None) -> None:
-            tensor = held.pop()
-            if error is None:
-                target.adopt(transfer.key, tensor)
-            del tensor  # whoever is told may evict it, and need its memory, before this frame ends
-            if isinstance(error, CorruptionError):
-                error = CorruptionError(transfer.key, error.file, error.reason)  # the reader knows no keys
-            done(error)
-
-        try:
-            extent = source.extent(transfer.key)
-            held.append(target.allocate(transfer.spec))
-            self._reader.submit(extent, raw_bytes(held[0]), landed)
-        except Exception as error:  # noqa: BLE001  (handed to whoever waits for the value)
-            done(error)
 
     @staticmethod
     def _work(transfer: Transfer, done: Done) -> None:
@@ -85,7 +69,6 @@ class ThreadEngine(Engine):
         return time.perf_counter()
 
     def close(self) -> None:
-        self._end("issue")  # before the reader, which it submits to
         self._end("copy")
         self._reader.close()
 
@@ -95,3 +78,28 @@ class ThreadEngine(Engine):
             pool = self._pools.pop(name, None)
         if pool is not None:
             pool.shutdown(wait=True)
+
+
+class _FileRead:
+    """A value on its way from a file into memory of the tier that it goes to."""
+
+    def __init__(self, transfer: Transfer, source: FileBackend, target: MemoryBackend, done: Done) -> None:
+        self._transfer = transfer
+        self._source = source
+        self._target = target
+        self._done = done
+        self._tensor: torch.Tensor | None = None
+
+    def prepare(self) -> tuple[FileExtent, torch.Tensor]:
+        extent = self._source.extent(self._transfer.key)
+        self._tensor = self._target.allocate(self._transfer.key, self._transfer.spec)
+        return extent, raw_bytes(self._tensor)
+
+    def landed(self, error: BaseException | None) -> None:
+        tensor, self._tensor = self._tensor, None
+        if error is None and tensor is not None:
+            self._target.adopt(self._transfer.key, tensor)
+        del tensor  # whoever is told may evict it, and need its memory, before this frame ends
+        if isinstance(error, CorruptionError):
+            error = CorruptionError(self._transfer.key, error.file, error.reason)  # the reader knows no keys
+        self._done(error)

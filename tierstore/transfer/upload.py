@@ -82,7 +82,7 @@ class Uploads:
         ahead of the device, need not end before the copy begins.
         """
         try:
-            landing.memory, landing.owner = self._order.allocate(landing.target, landing.transfer.spec)
+            landing.memory, landing.owner = self._order.allocate(landing.target, landing.transfer.key, landing.transfer.spec)
             landing.free = landing.owner.record()
         except Exception as error:  # noqa: BLE001  (handed to whoever waits for the value)
             self._fail(landing, [], error)
