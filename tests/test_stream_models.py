@@ -15,7 +15,7 @@ from tests.test_models import MODELS, X, run
 from tests.test_streams import WatchedDisk
 from tierstore import Tiered, TieredStore
 from tierstore.patch import attach, restore
-from tierstore.patch.source import EntrySource
+from tierstore.patch.stored import StoredSource
 from tierstore.testing.fake_backends import FakeMemory, FakeRam
 from tierstore.testing.fake_device import FakeDevice
 from tierstore.testing.happens import RaceError
@@ -111,10 +111,11 @@ def written_on_a_side_stream(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Write to weights on a side stream and leave the `with` on another one, which copies them to where they came from."""
     fake = FakeDevice()
 
-    def settle(store: TieredStore, source: EntrySource, device: torch.device | None) -> None:
-        if source.entry.tensor is not None:
-            fake.use(source.entry.tensor, "a copy on the way out")
-        restore.settle(store, source, device)
+    def settle(source: StoredSource, device: torch.device | None) -> None:
+        for entry in source.stored:
+            if entry.tensor is not None:
+                fake.use(entry.tensor, "a copy on the way out")
+        restore.settle(source, device)
 
     monkeypatch.setattr(attach, "settle", settle)
     model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(4))).requires_grad_(False)

@@ -14,7 +14,8 @@ import torch
 
 from tierstore.backend import Backend
 from tierstore.backends.disk import DiskBackend
-from tierstore.planning.planned import Schedule
+from tierstore.planning.lane import Lane
+from tierstore.planning.schedule import Schedule
 from tierstore.spec import TensorSpec
 from tierstore.store import TieredStore
 from tierstore.testing.fake_backends import FakeMemory, FakeRam, FakeSlow
@@ -40,7 +41,7 @@ class Auto:
         self.schedule = Schedule(fixed_bytes=0)
 
     def __call__(self) -> Any:
-        return self.schedule.lane()
+        return Lane(self.schedule)
 
 
 class WatchedDisk(DiskBackend):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,11 +17,11 @@ import torch
 from tierstore.backend import FileExtent
 from tierstore.entry import Entry
 from tierstore.errors import TierStoreError
+from tierstore.open_file import OpenFile
 from tierstore.shield import shielded
 from tierstore.spec import raw_bytes
 from tierstore.testing.fake_device import FakeDevice
-from tierstore.transfer.open_file import OpenFile
-from tierstore.transfer.reader import Done, Reader
+from tierstore.transfer.reader import Done, Prepare, Reader
 from tierstore.transfer.streams import StreamEngine
 from tierstore.writing import Moves
 
@@ -62,6 +62,19 @@ class SteppedReader(Reader):
 
     def submit(self, extent: FileExtent, out: torch.Tensor, done: Done) -> None:
         self.steps.submit(self._serve, extent, [out], done)
+
+    def begin(self, prepare: Prepare, done: Done) -> None:
+        self.steps.submit(self._prepare, prepare, done)
+
+    def _prepare(self, prepare: Prepare, done: Done) -> None:
+        try:
+            extent, memory = prepare()
+        except Exception as error:  # noqa: BLE001  (handed to whoever waits for the value)
+            done(error.with_traceback(None))
+            return
+        held = [memory]
+        del memory
+        self._serve(extent, held, done)
 
     def _serve(self, extent: FileExtent, held: list[torch.Tensor], done: Done) -> None:
         error: BaseException | None = None
@@ -130,7 +143,7 @@ class Watch:
         self._fake = fake
         self._here = threading.local()
         self._real: dict[str, Callable[..., Any]] = {}
-        for name in ("acquire", "lease_resident", "release", "outdate"):
+        for name in ("acquire", "lease_resident", "lease_unnoticed", "release", "outdate"):
             self._real[name] = getattr(moves, name)
             setattr(moves, name, getattr(self, f"_{name}"))
         moves.noted = Noted(moves, fake)
@@ -150,6 +163,12 @@ class Watch:
         leased: bool = self._real["lease_resident"](entry, headroom)
         if leased:
             self._use([entry], "is leased")
+        return leased
+
+    def _lease_unnoticed(self, entries: Sequence[Entry]) -> bool:
+        leased: bool = self._real["lease_unnoticed"](entries)
+        if leased:
+            self._use(list(entries), "is leased for a lookup")
         return leased
 
     def _release(self, entries: Iterable[Entry], owner: int | None = None) -> None:
@@ -176,6 +195,10 @@ class Noted(deque[str]):
         super().__init__()
         self._moves = moves
         self._fake = fake
+
+    def extend(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self.append(key)
 
     def append(self, key: str) -> None:
         tensor = self._moves.entries[key].tensor
