@@ -1,6 +1,16 @@
 """A tiered tensor store for PyTorch: run any model inside a byte budget for each tier."""
 
-from tierstore.backend import Backend, FileBackend, FileExtent, MappedBackend, MemoryBackend
+from tierstore.backend import (
+    Backend,
+    FileBackend,
+    FileExtent,
+    MappedBackend,
+    MemoryBackend,
+    ReadingBackend,
+    ReadOnlyBackend,
+    SizingBackend,
+    VolatileBackend,
+)
 from tierstore.errors import (
     BackendError,
     BudgetError,
@@ -8,6 +18,7 @@ from tierstore.errors import (
     CorruptionError,
     MissingKeyError,
     ModelError,
+    ReadOnlyError,
     SizeError,
     TierStoreError,
     UnsupportedTensorError,
@@ -37,7 +48,11 @@ __all__ = [
     "MissingKeyError",
     "ModelError",
     "Policy",
+    "ReadOnlyBackend",
+    "ReadOnlyError",
+    "ReadingBackend",
     "SizeError",
+    "SizingBackend",
     "Stats",
     "TensorSpec",
     "Tier",
@@ -46,6 +61,7 @@ __all__ = [
     "Tiered",
     "TieredStore",
     "UnsupportedTensorError",
+    "VolatileBackend",
     "backend_class",
     "backend_names",
     "format_size",

@@ -29,6 +29,10 @@ class BackendError(TierStoreError, RuntimeError):
     """A backend that cannot be opened, found or used."""
 
 
+class ReadOnlyError(BackendError):
+    """A write to a backend that only reads."""
+
+
 class UnsupportedTensorError(TierStoreError, TypeError):
     """A tensor, or an operation on one, that the store cannot honour."""
 

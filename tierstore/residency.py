@@ -29,12 +29,14 @@ class Residency:
     """Entries, tiers and the one lock over both.
 
     `lock` is a condition that is notified whenever room, a busy mark or a lease is given up. Methods expect it held
-    unless they say otherwise; `copy` releases it around the transfer. `handed_out` counts the bytes that readers may use
-    without a lease, and `noted` has the keys that they used since `catch_up`; readers append to it without the lock.
+    unless they say otherwise; `copy` releases it around the transfer. `home` is the level of the slowest tier that takes
+    values. `handed_out` counts the bytes that readers may use without a lease, and `noted` has the keys that they used
+    since `catch_up`; readers append to it without the lock.
     """
 
     def __init__(self, tiers: Sequence[Tier], engine: Engine) -> None:
         self.tiers = list(tiers)
+        self.home = max(level for level, tier in enumerate(tiers) if tier.writable)
         self.engine = engine
         self.lock = threading.Condition(threading.Lock())
         self.entries: dict[str, Entry] = {}
@@ -84,19 +86,24 @@ class Residency:
 
     def make_room(self, level: int, nbytes: int) -> bool:
         """Reserve `nbytes` in a tier, evicting what may leave now; False (and nothing reserved) if that is not enough."""
-        tier = self.tiers[level]
-        if not tier.ledger.fits(nbytes):
+        if not self.tiers[level].takes(nbytes):
             return False
         stuck: set[str] = set()
-        while not tier.ledger.reserve(nbytes):
-            if tier.stale:
-                self.delete_stale(tier, next(iter(tier.stale)))
-                continue
+        while not self.free_room(level, nbytes):
             victim = self._victim(level, stuck)
             if victim is None:
                 return False
             if not self.evict(victim, level):
                 stuck.add(victim.key)
+        return True
+
+    def free_room(self, level: int, nbytes: int) -> bool:
+        """Like `make_room`, at the cost of outdated copies only."""
+        tier = self.tiers[level]
+        while not tier.ledger.reserve(nbytes):
+            if not tier.stale:
+                return False
+            self.delete_stale(tier, next(iter(tier.stale)))
         return True
 
     def evict(self, entry: Entry, level: int) -> bool:
@@ -159,10 +166,11 @@ class Residency:
             carried = entry.nbytes
         finally:
             self.link_ended(entry.key, (source, target), started, carried)
+        tier.written(entry.key, entry.nbytes)
         if version == entry.version:
             self.added(entry, target)
         else:  # written to meanwhile through a lease
-            tier.stale[entry.key] = entry.nbytes
+            tier.outdate(entry.key, entry.nbytes)
 
     def link_ended(self, key: str, route: tuple[int, int], started: float, carried: int) -> None:
         """Count a copy that has ended; `carried` bytes are none if it failed."""
@@ -212,7 +220,7 @@ class Residency:
         tier = self.tiers[level]
         entry.tiers.discard(level)
         tier.policy.remove(entry.key)
-        tier.ledger.release(entry.nbytes)
+        tier.dropped(entry.key, entry.nbytes)
         if level == 0:
             self._let_go(entry)
         self.wake()
@@ -226,10 +234,10 @@ class Residency:
             tier = self.tiers[level]
             entry.tiers.discard(level)
             tier.policy.remove(entry.key)
-            tier.stale[entry.key] = entry.nbytes
+            tier.outdate(entry.key, entry.nbytes)
             if level == 0:
                 self._let_go(entry)
-            if tier.memory:
+            if tier.volatile:
                 with suppress(OSError, TierStoreError):
                     self.delete_stale(tier, entry.key)
 

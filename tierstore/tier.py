@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tierstore.backend import Backend, MemoryBackend
+from tierstore.backend import Backend, MemoryBackend, ReadOnlyBackend, SizingBackend, VolatileBackend
 from tierstore.errors import TierStoreError
 from tierstore.ledger import Ledger
 from tierstore.planning.classic import LRU
@@ -14,6 +14,11 @@ class Tier:
     """One level of a store: `name` for reports, `backend` for the bytes, `budget` in bytes or as a size string (None: no limit).
 
     The store that it is given to owns it and closes the backend.
+
+    [Note: what a copy takes]
+    Room for a value is reserved by what its tensor spans, since nobody knows before the writing what a compressing backend
+    makes of it. Once it is written, the difference is given back, and that lower count is what leaves with it. So the ledger
+    is never below what the backend holds, and equal to it whenever nothing is being written.
     """
 
     def __init__(self, name: str, backend: Backend, budget: Size | None = None) -> None:
@@ -26,6 +31,7 @@ class Tier:
         self.ledger = Ledger(None if budget is None else parse_size(budget))
         self.policy: Policy = LRU()
         self.stale: dict[str, int] = {}  # outdated copies, kept until the new value is home: key -> bytes
+        self._stored: dict[str, int] = {}  # what copies take, where that is not what their tensors span
 
     def __repr__(self) -> str:
         return f"Tier({self.name!r}, {type(self.backend).__name__}, budget={self.ledger.budget})"
@@ -34,6 +40,49 @@ class Tier:
     def memory(self) -> bool:
         """True if values are live tensors, lost when the process ends."""
         return isinstance(self.backend, MemoryBackend)
+
+    @property
+    def volatile(self) -> bool:
+        """True if values are lost when the process ends."""
+        return isinstance(self.backend, VolatileBackend)
+
+    @property
+    def writable(self) -> bool:
+        """False if the backend only reads."""
+        return not isinstance(self.backend, ReadOnlyBackend)
+
+    def takes(self, nbytes: int) -> bool:
+        """True if the tier, were it empty, could be given a value of `nbytes`."""
+        return self.writable and self.ledger.fits(nbytes)
+
+    def written(self, key: str, reserved: int) -> None:
+        """Give back what a copy, for which `reserved` bytes were reserved, turned out not to take."""
+        if isinstance(self.backend, SizingBackend):
+            self._stored[key] = self.backend.stored_bytes(key)
+            self.ledger.release(reserved - self._stored[key])
+
+    def found(self, key: str, nbytes: int) -> bool:
+        """Reserve what a copy takes that was there when the tier was opened; False if that does not fit."""
+        if isinstance(self.backend, SizingBackend):
+            self._stored[key] = self.backend.stored_bytes(key)
+        return self.ledger.reserve(self.taken(key, nbytes))
+
+    def taken(self, key: str, nbytes: int) -> int:
+        """Return what the ledger counts for a copy whose tensor spans `nbytes`."""
+        return self._stored.get(key, nbytes)
+
+    def held_bytes(self) -> int:
+        """Return what everything takes that the backend lists."""
+        backend = self.backend
+        return sum(backend.stored_bytes(key) if isinstance(backend, SizingBackend) else spec.nbytes for key, spec in backend.entries())
+
+    def outdate(self, key: str, nbytes: int) -> None:
+        """Keep count of a copy, whose tensor spans `nbytes`, as an outdated one."""
+        self.stale[key] = self._stored.pop(key, nbytes)
+
+    def dropped(self, key: str, nbytes: int) -> None:
+        """Give back what a copy took that was deleted or replaced."""
+        self.ledger.release(self._stored.pop(key, nbytes))
 
     def drop_stale(self, key: str) -> None:
         """Forget the outdated copy of `key`, whose bytes were already replaced or deleted."""

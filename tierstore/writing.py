@@ -50,7 +50,7 @@ class Moves(Leasing):
             if level is not None or entry.leases or (entry.resident and entry.spec == spec):
                 return entry, level
             self._unclaim(entry)
-            if not any(tier.ledger.fits(spec.nbytes) for tier in self.tiers):
+            if not any(tier.takes(spec.nbytes) for tier in self.tiers):
                 raise self.no_room(f"putting {key!r}", spec.nbytes)
             self.wait_for_others(lambda: self.no_room(f"putting {key!r}", spec.nbytes))
 
@@ -63,7 +63,7 @@ class Moves(Leasing):
         levels = range(len(self.tiers))
         if not evict:
             for level in levels:
-                if self.tiers[level].ledger.reserve(nbytes):
+                if self.tiers[level].writable and self.tiers[level].ledger.reserve(nbytes):
                     return level
         return next((level for level in levels if self.make_room(level, nbytes)), None)
 
@@ -77,26 +77,35 @@ class Moves(Leasing):
             self.removed(entry, level)
         entry.describe(spec)
         entry.version += 1
+        tier.written(entry.key, spec.nbytes)
         self.added(entry, level)
 
     def _write_in_place(self, entry: Entry, tensor: torch.Tensor) -> None:
         """Overwrite a resident value of the same spec, which its lease holders see change."""
-        target = entry.tensor
+        target, tier = entry.tensor, self.tiers[0]
+        growth = entry.nbytes - tier.taken(entry.key, entry.nbytes)
+        if growth and not self.make_room(0, growth):  # a value that compresses well may be followed by one that does not
+            raise self.no_room(f"putting {entry.key!r}", entry.nbytes, 0)
         self.lock.release()
         try:
             if target is None:
-                self.tiers[0].backend.put(entry.key, tensor)
+                tier.backend.put(entry.key, tensor)
             else:
                 with torch.no_grad():
                     raw_bytes(target).copy_(raw_bytes(tensor))
-        finally:
+        except BaseException:
             self.lock.acquire()
+            tier.ledger.release(growth)
+            raise
+        self.lock.acquire()
+        tier.written(entry.key, entry.nbytes)
         self.outdate(entry)
 
     def no_room(self, operation: str, nbytes: int, level: int | None = None) -> BudgetError:
         """Return the error for a value that no tier, or not the one at `level`, can take."""
         tiers = self.tiers
-        tier = tiers[level] if level is not None else max(tiers, key=lambda t: (t.ledger.budget is None, t.ledger.budget or 0))
+        takers = (tier for tier in tiers if tier.writable)
+        tier = tiers[level] if level is not None else max(takers, key=lambda t: (t.ledger.budget is None, t.ledger.budget or 0))
         return BudgetError(
             operation, tier=tier.name, required_bytes=nbytes, budget_bytes=tier.ledger.budget or 0,
             hint="raise a budget, add a slower tier, or delete the older value first",
