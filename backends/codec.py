@@ -13,26 +13,22 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
 import torch
 import xxhash
 
-from tierstore.backend import Backend, MemoryBackend, ReadingBackend, ReadOnlyBackend, SizingBackend, VolatileBackend
+from tierstore.backend import Backend, DistantBackend, MemoryBackend, ReadingBackend, ReadOnlyBackend, SizingBackend, VolatileBackend
 from tierstore.backends._codecs import WORTH, Bytes, Codec, codec_named
 from tierstore.backends._lock import dtype_name, spec_from
+from tierstore.backends._parallel import Parallel
 from tierstore.errors import BackendError, CorruptionError, TierStoreError
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 RAW = "raw"
 BLOCK = 4 << 20  # bytes; a multiple of every element's size
@@ -59,17 +55,16 @@ class _Stored:
 class CompressedBackend(ReadingBackend, SizingBackend):
     """Keeps tensors compressed in `inner`, which it owns: `codec` is "lz4" (fast) or "zstd" (smaller, slower).
 
-    Over a backend that is volatile or only reads, what is constructed is so too. Blocks are compressed and decompressed by a
+    Over a backend that is volatile, distant or only reads, what is constructed is so too. Blocks are compressed and decompressed by a
     few threads, started when first needed. A `put` holds the compressed value once more while it writes; a read decompresses
     straight into the memory that it fills. Safe to call from several threads for different keys.
     """
 
     def __new__(cls, inner: Backend, codec: str = "lz4") -> Self:
-        if cls is CompressedBackend:
-            if isinstance(inner, VolatileBackend):
-                return object.__new__(CompressedMemory)  # type: ignore[return-value]
-            if isinstance(inner, ReadOnlyBackend):
-                return object.__new__(CompressedSource)  # type: ignore[return-value]
+        kinds = (VolatileBackend, ReadOnlyBackend, DistantBackend)
+        for fitting in (CompressedMemory, CompressedRemote, CompressedSource, CompressedRemoteSource):
+            if cls is CompressedBackend and all(issubclass(fitting, kind) is isinstance(inner, kind) for kind in kinds):
+                return object.__new__(fitting)  # type: ignore[return-value]
         return object.__new__(cls)
 
     def __init__(self, inner: Backend, codec: str = "lz4") -> None:
@@ -80,7 +75,7 @@ class CompressedBackend(ReadingBackend, SizingBackend):
         except ValueError as error:
             raise BackendError(str(error)) from error
         self.inner = inner
-        self._workers = _Workers()
+        self._workers = Parallel("codec", min(_MOST_THREADS, os.cpu_count() or 1))
         self._stored: dict[str, _Stored] = {}
         for inner_key, spec in list(inner.entries()):
             self._find(inner_key, spec)
@@ -203,32 +198,16 @@ class CompressedMemory(CompressedBackend, VolatileBackend):
         self.inner.trim()
 
 
+class CompressedRemote(CompressedBackend, DistantBackend):
+    """Compressed values far away."""
+
+
 class CompressedSource(ReadOnlyBackend, CompressedBackend):
     """Compressed values that others wrote."""
 
 
-class _Workers:
-    """A few threads that do one thing to many blocks; the lock is held only to start or end them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
-
-    def map(self, work: Callable[[In], Out], items: Sequence[In]) -> list[Out]:
-        """Return what `work` makes of each item; a single one is done by the calling thread."""
-        if len(items) <= 1:
-            return [work(item) for item in items]
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="tierstore-codec")
-            pool = self._pool
-        return list(pool.map(work, items))
-
-    def close(self) -> None:
-        with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(wait=True)
+class CompressedRemoteSource(CompressedSource, DistantBackend):
+    """Compressed values far away that others wrote."""
 
 
 def _itemsize(spec: TensorSpec) -> int:

@@ -19,11 +19,11 @@ from tierstore.writing import Moves
 # examples of 40 steps; the rest of the default run is left to `drive`, which does ten times as many steps a second
 EXAMPLES = {
     "memory_only": 50, "three_memories": 50, "disk_last": 30, "bounded_disk": 30, "zarr_last": 10, "disk_over_zarr": 10,
-    "compressed_memory": 20, "compressed_last": 20,
+    "compressed_memory": 20, "compressed_last": 20, "remote_last": 10,
 }  # fmt: skip
 DRIVEN = {
     "memory_only": 4000, "three_memories": 4000, "disk_last": 1500, "bounded_disk": 1500, "zarr_last": 500, "disk_over_zarr": 500,
-    "compressed_memory": 1500, "compressed_last": 1500,
+    "compressed_memory": 1500, "compressed_last": 1500, "remote_last": 1000,
 }  # fmt: skip
 
 

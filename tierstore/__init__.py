@@ -2,6 +2,7 @@
 
 from tierstore.backend import (
     Backend,
+    DistantBackend,
     FileBackend,
     FileExtent,
     MappedBackend,
@@ -19,6 +20,7 @@ from tierstore.errors import (
     MissingKeyError,
     ModelError,
     ReadOnlyError,
+    RemoteError,
     SizeError,
     TierStoreError,
     UnsupportedTensorError,
@@ -40,6 +42,7 @@ __all__ = [
     "BudgetError",
     "ClosedError",
     "CorruptionError",
+    "DistantBackend",
     "FileBackend",
     "FileExtent",
     "LinkStats",
@@ -51,6 +54,7 @@ __all__ = [
     "ReadOnlyBackend",
     "ReadOnlyError",
     "ReadingBackend",
+    "RemoteError",
     "SizeError",
     "SizingBackend",
     "Stats",

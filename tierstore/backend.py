@@ -74,6 +74,10 @@ class ReadingBackend(Backend):
         """
 
 
+class DistantBackend(ReadingBackend):
+    """A backend so far away that what was fetched from it is worth writing to a tier in between, rather than fetching it again."""
+
+
 class SizingBackend(Backend):
     """A backend in which a value takes another number of bytes than its tensor spans: fewer, never more."""
 

@@ -109,13 +109,16 @@ class Residency:
     def evict(self, entry: Entry, level: int) -> bool:
         """Take one copy out of a tier: drop it if another one serves, else write it down first.
 
+        One that is served by a distant tier only is written to a tier in between, if one can take it: that is its cache.
         False if nothing can take it, or if somebody still reads what was handed out of it.
         """
         if level == 0 and not self.withdraw(entry):
             return False
-        if any(other > level for other in entry.tiers) or self._only_upper_needed(entry, level):
-            self.drop(entry, level)
-        elif not self._demote(entry, level):
+        below = min((other for other in entry.tiers if other > level), default=None)
+        if below is not None or self._only_upper_needed(entry, level):
+            if below is None or not self._cached(entry, level, below):
+                self.drop(entry, level)
+        elif not self._demote(entry, level, len(self.tiers)):
             return False
         self.counters.evictions += 1
         return True
@@ -137,10 +140,20 @@ class Residency:
         """In the last tier a copy may go when a faster tier has one too: tiers are exclusive where bytes are short."""
         return level == len(self.tiers) - 1 and any(other < level for other in entry.tiers)
 
-    def _demote(self, entry: Entry, level: int) -> bool:
+    def _cached(self, entry: Entry, level: int, below: int) -> bool:
+        """Move a copy to a tier above the distant one at `below` that backs it; False if it is nearer, or none takes it."""
+        if not self.tiers[below].distant or below == level + 1:
+            return False
+        try:
+            return self._demote(entry, level, below)
+        except (OSError, TierStoreError):  # who needs the room here is not concerned by a cache that fails
+            return False
+
+    def _demote(self, entry: Entry, level: int, stop: int) -> bool:
+        """Move a copy to the first tier below it, and above the one at `stop`, that can take it."""
         self.mark_busy(entry)
         try:
-            for lower in range(level + 1, len(self.tiers)):
+            for lower in range(level + 1, stop):
                 if self.make_room(lower, entry.nbytes):
                     self.copy(entry, level, lower)
                     break

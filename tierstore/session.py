@@ -208,4 +208,6 @@ def _disk_tier(disk: Disk) -> Tier:
         return Tier("disk", backend_class("disk").scratch(Path(text)), budget)  # type: ignore[attr-defined]
     scheme = text.partition("://")[0]
     name = scheme if scheme in backend_names() else "remote"
-    return Tier("disk", backend_class(name)(text), budget)  # type: ignore[call-arg]
+    opened = backend_class(name)
+    backend: Backend = getattr(opened, "scratch", opened)(text)  # a place of its own, where the class can make one that goes at the end
+    return Tier("disk", backend, budget)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tierstore.backend import Backend, MemoryBackend, ReadOnlyBackend, SizingBackend, VolatileBackend
+from tierstore.backend import Backend, DistantBackend, MemoryBackend, ReadOnlyBackend, SizingBackend, VolatileBackend
 from tierstore.errors import TierStoreError
 from tierstore.ledger import Ledger
 from tierstore.planning.classic import LRU
@@ -50,6 +50,11 @@ class Tier:
     def writable(self) -> bool:
         """False if the backend only reads."""
         return not isinstance(self.backend, ReadOnlyBackend)
+
+    @property
+    def distant(self) -> bool:
+        """True if a copy of what it holds is worth writing to a tier above it."""
+        return isinstance(self.backend, DistantBackend)
 
     def takes(self, nbytes: int) -> bool:
         """True if the tier, were it empty, could be given a value of `nbytes`."""

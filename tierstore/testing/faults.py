@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from tierstore.backend import Backend, MappedBackend, MemoryBackend, ReadingBackend, SizingBackend, VolatileBackend
+from tierstore.backend import Backend, DistantBackend, MappedBackend, MemoryBackend, ReadingBackend, SizingBackend, VolatileBackend
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
 
 Call = Literal["put", "get", "delete", "adopt"]
@@ -170,6 +170,10 @@ class ReadingWrapper(Wrapper, ReadingBackend):
         self.inner.read_into(key, out)
 
 
+class DistantWrapper(ReadingWrapper, DistantBackend):
+    """A wrapper around a `DistantBackend`."""
+
+
 class SizingWrapper(Wrapper, SizingBackend):
     """A wrapper around a `SizingBackend`."""
 
@@ -215,8 +219,11 @@ class MemoryWrapper(Wrapper, MemoryBackend):
         self.inner.trim()
 
 
-_CAPABILITIES = (MemoryBackend, MappedBackend, ReadingBackend, SizingBackend, VolatileBackend)
-_WRAPPERS = (Wrapper, MemoryWrapper, MappedWrapper, ReadingWrapper, SizingWrapper, VolatileWrapper, CodedWrapper, VolatileCodedWrapper)
+_CAPABILITIES = (MemoryBackend, MappedBackend, ReadingBackend, DistantBackend, SizingBackend, VolatileBackend)
+_WRAPPERS = (
+    Wrapper, MemoryWrapper, MappedWrapper, ReadingWrapper, DistantWrapper, SizingWrapper, VolatileWrapper, CodedWrapper,
+    VolatileCodedWrapper,
+)  # fmt: skip
 
 
 def wrap(backend: Backend, interference: Interference) -> Wrapper:

@@ -84,6 +84,16 @@ def compressed_last(directory: Path) -> list[Tier]:
     return [Tier("cpu", open_backend("device", "cpu"), 900), Tier("disk", disk, 2500)]
 
 
+def remote_last(directory: Path) -> list[Tier]:
+    """Memory and a disk, its cache, over a remote tier."""
+    remote = open_backend("remote", f"file://{directory}/remote")
+    return [
+        Tier("cpu", open_backend("device", "cpu"), 900),
+        Tier("disk", open_backend("disk", directory / "disk"), 1500),
+        Tier("remote", remote),
+    ]
+
+
 VARIANTS: dict[str, MakeTiers] = {
     make.__name__: make
     for make in (
@@ -95,6 +105,7 @@ VARIANTS: dict[str, MakeTiers] = {
         disk_over_zarr,
         compressed_memory,
         compressed_last,
+        remote_last,
     )
 }
 

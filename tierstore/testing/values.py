@@ -72,11 +72,16 @@ def random_bytes(nbytes: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 def make_value(
     dtype: torch.dtype = torch.float32, layout: str = "contiguous", size: int = 4, seed: int = 0, sparse: bool = False
 ) -> torch.Tensor:
-    """Return a tensor of random bits, few of them set if `sparse`; `layout` is a key of `LAYOUTS`, `size` its main dimension's length."""
+    """Return a tensor of random bits; `layout` is a key of `LAYOUTS` and `size` the length of its main dimension.
+
+    `sparse`: next to none of the bits are set, so that it can be compressed.
+    """
     shape, stride, offset = LAYOUTS[layout](size)
     spec = TensorSpec(dtype, shape, stride)
     data = random_bytes((offset + spec.extent) * dtype.itemsize, dtype, seed)
-    return typed_view(data & 1 if sparse else data, spec, offset)
+    if sparse:
+        data = torch.where(torch.arange(len(data)) % 16 == 0, data & 1, 0).to(torch.uint8)
+    return typed_view(data, spec, offset)
 
 
 def every_value() -> Iterator[tuple[str, torch.Tensor]]:
