@@ -24,8 +24,10 @@ from tierstore.errors import BackendError, RemoteError
 _MULTIPART = frozenset(("s3", "s3a", "gs", "gcs"))
 _WHOLE = frozenset(("memory", "abfs", "abfss", "az"))
 _PACKAGES = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}  # the extra that brings each protocol
-_ONE_TRY = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}  # for botocore, below our own retries
+_S3 = ("s3", "s3a")
+_ONE_TRY = {"retries": {"total_max_attempts": 1}}  # for botocore, below our own retries
 _TEMPORARY = ".partial-"
+_SMALLEST_PART, _PART_GRAIN = 5 << 20, 256 << 10  # bytes; what S3, and what Google's store asks of a part
 
 
 class Bucket:
@@ -55,8 +57,12 @@ class Bucket:
 
     def read_whole(self, name: str, until: float) -> bytes:
         """Return an object; raise `FileNotFoundError` if there is none."""
-        data: bytes = self.retries.call(lambda: self._fs.cat_file(self._path(name)), f"reading {self.url}/{name}", until)
-        return data
+
+        def request() -> bytes:
+            data: bytes = self._fs.cat_file(self._path(name), start=0)  # with a start s3fs does not ask for the size first
+            return data
+
+        return self.retries.call(request, f"reading {self.url}/{name}", until)
 
     def size(self, name: str, until: float) -> int:
         """Return the bytes of an object; raise `FileNotFoundError` if there is none."""
@@ -155,15 +161,15 @@ class _RenamingWriter(_Writer):
 
 def _writer_for(protocol: str, part_bytes: int) -> _Writer:
     if protocol in _MULTIPART:
-        return _PartsWriter(part_bytes)
+        return _PartsWriter(-(-max(part_bytes, _SMALLEST_PART) // _PART_GRAIN) * _PART_GRAIN)
     return _WholeWriter() if protocol in _WHOLE else _RenamingWriter()
 
 
 def _open_file_system(url: str, protocol: str, options: Mapping[str, Any]) -> tuple[AbstractFileSystem, str]:
     """Return the file system of `url`, an instance of its own, and the path in it."""
     own = dict(options)
-    if protocol in ("s3", "s3a"):
-        own = _ONE_TRY | own
+    if protocol in _S3:
+        own["config_kwargs"] = _ONE_TRY | dict(own.get("config_kwargs") or {})
     try:
         fs, root = url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **own)
     except ImportError as error:
@@ -172,6 +178,6 @@ def _open_file_system(url: str, protocol: str, options: Mapping[str, Any]) -> tu
         raise BackendError(f"{protocol}:// needs a package that is not installed ({error}); {way_out}") from error
     except ValueError as error:
         raise BackendError(f"{url!r} cannot be opened: {error}") from error
-    if protocol in ("s3", "s3a"):
+    if protocol in _S3:
         fs.retries = 1  # s3fs's own, which would multiply ours
     return fs, root

@@ -25,7 +25,7 @@ _PASSING_ERRNO = frozenset(
 )  # fmt: skip
 _PASSING_CLASSES = {  # of the libraries below fsspec, by module: those that are no OSError
     "aiohttp": ("ClientConnectionError", "ClientPayloadError"),
-    "botocore.exceptions": ("HTTPClientError", "IncompleteReadError"),
+    "botocore.exceptions": ("ConnectionError", "HTTPClientError", "IncompleteReadError"),
     "botocore.parsers": ("ResponseParserError",),
     "http.client": ("IncompleteRead",),
 }
@@ -76,13 +76,12 @@ class Retries:
 
 def passes(error: BaseException) -> bool:
     """True if the same request may succeed a moment later: timeouts, cut connections, a server that is busy or has failed."""
+    # before the status: what a library raises for a cut body may have one of its own making below it
+    if isinstance(error, TimeoutError | ConnectionError) or any(isinstance(error, kind) for kind in _library_errors()):
+        return True
     status = next((number for link in _chain(error) if (number := _status(link)) is not None), None)
     if status is not None:
         return status in _PASSING_STATUS
-    if isinstance(error, TimeoutError | ConnectionError):
-        return True
-    if any(isinstance(error, kind) for kind in _library_errors()):
-        return True
     return isinstance(error, OSError) and error.errno in _PASSING_ERRNO
 
 
