@@ -19,6 +19,7 @@ import fsspec
 import pytest
 import safetensors
 import torch
+from aiobotocore.session import AioSession
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.remote_servers import Fault, Script, fault_proxy, file_server, s3_server
@@ -63,10 +64,12 @@ class S3:
     url: str
     script: Script
     time: FakeTime = field(default_factory=FakeTime)
+    session: AioSession = field(default_factory=AioSession)  # reads its tables of services once
     _places: Iterator[int] = field(default_factory=itertools.count)
 
     def options(self, *, patience: float = 60, **options: Any) -> dict[str, Any]:
-        storage = {"key": "testing", "secret": "testing", "endpoint_url": self.url, "config_kwargs": {"read_timeout": patience}}
+        config = {"read_timeout": patience}
+        storage = {"key": "testing", "secret": "testing", "endpoint_url": self.url, "config_kwargs": config, "session": self.session}
         return {"storage_options": storage, "retries": self.time.retries()} | options
 
     def place(self) -> str:
