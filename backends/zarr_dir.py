@@ -18,15 +18,13 @@ told `write_empty_chunks`.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import zarr
@@ -39,31 +37,19 @@ from tierstore.backends._lock import (
     TEMPORARY,
     DirectoryLock,
     check_format,
-    dtype_name,
-    key_fields,
-    key_from,
     opening,
     prepare_root,
     read_json,
     replace_file,
-    spec_from,
     sync_path,
 )
+from tierstore.backends._zarr_metadata import MARKER, attributes_of, chunk_of, described, layout_of, node_name
 from tierstore.errors import ClosedError, CorruptionError
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
 
-if TYPE_CHECKING:  # a name of some zarr releases only
-    from zarr.core.common import JSON
-
 FORMAT_NAME, FORMAT_VERSION = "tierstore-zarr", 2
-MARKER = "zarr.json"
 
 _REPLACED = f"{TEMPORARY}old-"
-_LONGEST_NAME = 100  # characters; file systems stop at 255, and `_REPLACED` comes before it
-_NATIVE = frozenset(
-    ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-    + ("float16", "float32", "float64", "complex64", "complex128")
-)  # dtypes that numpy and zarr have too, by the same names
 
 
 class ZarrBackend(FileBackend):
@@ -162,14 +148,14 @@ class ZarrBackend(FileBackend):
 
     def _load(self) -> Iterator[tuple[str, TensorSpec]]:
         for node in sorted(path for path in self.path.iterdir() if path.is_dir()):
-            key, spec = _described(node, "?")
+            key, spec = described(node, "?")
             if node_name(key) != node.name:
                 raise CorruptionError(key, str(node), "the array is named for another key")
             yield key, spec
 
     def _write(self, node: Path, key: str, tensor: torch.Tensor) -> None:
         spec = TensorSpec.of(tensor)
-        dtype, shape, order = _layout(spec)
+        dtype, shape, order = layout_of(spec)
         zarr.create_array(
             self._store,
             name=node.name,
@@ -179,10 +165,10 @@ class ZarrBackend(FileBackend):
             compressors=None,
             filters=[TransposeCodec(order=order)] if order != tuple(range(len(shape))) else None,
             fill_value=0,
-            attributes=_attributes(key, spec),
+            attributes=attributes_of(key, spec),
         )
         if spec.nbytes:
-            chunk = _chunk(node, len(shape))
+            chunk = chunk_of(node, len(shape))
             chunk.parent.mkdir(parents=True, exist_ok=True)
             if not shape:
                 shutil.rmtree(chunk, ignore_errors=True)  # zarr makes a directory of the name that is the chunk's
@@ -193,7 +179,7 @@ class ZarrBackend(FileBackend):
         self._check_open()
         spec = self._specs[key]
         node = self.node_of(key)
-        chunk = _chunk(node, len(_layout(spec)[1])) if spec.nbytes else node / MARKER
+        chunk = chunk_of(node, len(layout_of(spec)[1])) if spec.nbytes else node / MARKER
         try:
             identity = _identity(node / MARKER)
         except OSError as error:
@@ -206,7 +192,7 @@ class ZarrBackend(FileBackend):
             raise CorruptionError(key, str(chunk), f"the chunk has {found.size} bytes instead of {spec.nbytes}")
         if self._known.get(key) != (identity, found):
             self._files.forget(chunk)
-            if _described(node, key) != (key, spec):
+            if described(node, key) != (key, spec):
                 raise CorruptionError(key, str(node), "its attributes have changed")
             self._known[key] = identity, found
         return FileExtent(str(chunk), 0, spec.nbytes)
@@ -214,85 +200,8 @@ class ZarrBackend(FileBackend):
     def _forget(self, key: str) -> None:
         """Let nothing be known of the files of `key`, which are replaced or deleted."""
         if self._known.pop(key, None) is not None and key in self._specs:
-            self._files.forget(_chunk(self.node_of(key), len(_layout(self._specs[key])[1])))
+            self._files.forget(chunk_of(self.node_of(key), len(layout_of(self._specs[key])[1])))
             self._files.forget(self.node_of(key) / MARKER)
-
-
-def node_name(key: str) -> str:
-    """Return the name of the array of `key`: no two keys share one, not even where case does not count."""
-    # zarr reserves names that start with "__", and "%" alone cannot come from an encoded key
-    name = re.sub(rb"^_|[^a-z0-9_-]", lambda found: b"%%%02X" % found[0][0], key.encode("utf-8", "surrogatepass")).decode()
-    if len(name) > _LONGEST_NAME:
-        return f"%sha256-{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
-    return name or "%"
-
-
-def _attributes(key: str, spec: TensorSpec) -> dict[str, JSON]:
-    return {
-        **key_fields(key, "tierstore_key"),
-        "tierstore_dtype": dtype_name(spec.dtype),
-        "tierstore_shape": list(spec.shape),
-        "tierstore_stride": list(spec.stride),
-    }
-
-
-def _described(node: Path, key: str) -> tuple[str, TensorSpec]:
-    """Return the key and spec in an array's attributes; raise `CorruptionError` unless its chunk has the plain bytes of such a tensor."""
-    metadata = read_json(node / MARKER) if (node / MARKER).is_file() else None
-    fields = metadata.get("attributes") if isinstance(metadata, dict) else None
-    if not (isinstance(metadata, dict) and isinstance(fields, dict)):
-        raise CorruptionError(key, str(node), "its metadata do not describe an array of this store")
-    try:
-        key = key_from(fields, "tierstore_key")
-        spec = spec_from(*(fields.get(f"tierstore_{name}") for name in ("dtype", "shape", "stride")))
-    except ValueError as error:
-        raise CorruptionError(key, str(node), str(error)) from error
-    for name, wanted in _plain_metadata(spec).items():
-        if _without_defaults(metadata.get(name)) != wanted:
-            raise CorruptionError(
-                key, str(node), f"the array does not match its attributes, or is not stored as plain bytes any more ({name})"
-            )
-    return key, spec
-
-
-def _plain_metadata(spec: TensorSpec) -> dict[str, object]:
-    """Return those metadata of an array that say which bytes are in its chunk."""
-    dtype, shape, order = _layout(spec)
-    codecs: list[object] = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    if order != tuple(range(len(shape))):
-        codecs.insert(0, {"name": "transpose", "configuration": {"order": list(order)}})
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(shape),
-        "data_type": dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, size) for size in shape]}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "codecs": codecs,
-    }
-
-
-def _without_defaults(value: object) -> object:
-    """Return a part of the metadata with what writers may leave out of the codec for bytes, for elements of one byte."""
-    if not isinstance(value, list):
-        return value
-    return [{"name": "bytes", "configuration": {"endian": "little"}} if each == {"name": "bytes"} else each for each in value]
-
-
-def _layout(spec: TensorSpec) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """Return dtype and shape of the array that holds a tensor of `spec`, and its dimensions in the order of memory, slowest first."""
-    if not spec.dense:
-        return "uint8", (spec.nbytes,), (0,)
-    name = dtype_name(spec.dtype)
-    large = [dim for dim, size in enumerate(spec.shape) if size > 1]
-    ordered = sorted(large, key=lambda dim: -spec.stride[dim])
-    rest = [dim for dim, size in enumerate(spec.shape) if size <= 1]
-    order = sorted(large + rest) if ordered == large else ordered + rest
-    return name if name in _NATIVE else f"uint{8 * spec.dtype.itemsize}", spec.shape, tuple(order)
-
-
-def _chunk(node: Path, dimensions: int) -> Path:
-    return node.joinpath("c", *("0",) * dimensions)
 
 
 def _map_file(path: str, nbytes: int) -> torch.Tensor:

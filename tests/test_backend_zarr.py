@@ -26,7 +26,8 @@ from zarr.codecs import BytesCodec
 
 from tests.samples import DTYPES, all_samples, assert_identical, layout_samples, random_bits
 from tierstore import Tier, TieredStore, open_backend
-from tierstore.backends.zarr_dir import ZarrBackend, node_name
+from tierstore.backends._zarr_metadata import node_name
+from tierstore.backends.zarr_dir import ZarrBackend
 from tierstore.errors import BackendError, ClosedError, CorruptionError
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
 from tierstore.transfer.reader import Reader
