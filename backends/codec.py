@@ -82,16 +82,16 @@ class CompressedBackend(ReadingBackend, SizingBackend):
 
     def put(self, key: str, tensor: torch.Tensor) -> None:
         spec, old = TensorSpec.of(tensor), self._stored.get(key)
-        payload = self._compress(tensor, spec)
-        form, nbytes = (RAW, spec.nbytes) if payload is None else (self._codec.name, payload.numel())
+        frames = self._compress(tensor, spec)
+        form, nbytes = (RAW, spec.nbytes) if frames is None else (self._codec.name, _payload_bytes(frames))
         same = old is not None and (old.form, old.spec) == (form, spec)
         generation = 0 if old is None else old.generation + (not same)
         new = _Stored(form, spec, generation, nbytes)
         place = new.inner_key(key)
-        if payload is not None and isinstance(self.inner, MemoryBackend) and self.inner.device.type == "cpu":
-            self.inner.adopt(place, payload)
+        if frames is None:
+            self.inner.put(place, tensor)
         else:
-            self.inner.put(place, tensor if payload is None else payload)
+            self._write(place, frames)
         if old is not None and not same:
             self._replace(old.inner_key(key), place)
         self._stored[key] = new
@@ -159,20 +159,25 @@ class CompressedBackend(ReadingBackend, SizingBackend):
 
     # -- bytes ----------------------------------------------------------------------------------------------------
 
-    def _compress(self, tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor | None:
-        """Return the compressed form of a tensor, or None where it does not pay."""
+    def _compress(self, tensor: torch.Tensor, spec: TensorSpec) -> list[bytes] | None:
+        """Return the frames of a tensor's blocks, or None where it does not pay."""
         raw, itemsize = raw_bytes(tensor).cpu().numpy(), _itemsize(spec)
         if not self._pays(raw, itemsize):
             return None
         frames = self._workers.map(lambda block: self._codec.encode(block, itemsize), _blocks(raw))
-        total = _HEAD.size + sum(4 + len(frame) for frame in frames)
-        if total > WORTH * len(raw):
-            return None
-        memory = self.inner if isinstance(self.inner, MemoryBackend) and self.inner.device.type == "cpu" else None
-        shape = TensorSpec(torch.uint8, (total,), (1,))
-        payload = torch.empty(total, dtype=torch.uint8) if memory is None else memory.allocate(shape)
-        _fill(payload.numpy(), frames)
-        return payload
+        return frames if _payload_bytes(frames) <= WORTH * len(raw) else None
+
+    def _write(self, place: str, frames: Sequence[bytes]) -> None:
+        """Put frames into the inner backend as one value, straight into its own memory where it has some on the CPU."""
+        nbytes = _payload_bytes(frames)
+        if isinstance(self.inner, MemoryBackend) and self.inner.device.type == "cpu":
+            payload = self.inner.allocate(place, TensorSpec(torch.uint8, (nbytes,), (1,)))
+            _fill(payload.numpy(), frames)
+            self.inner.adopt(place, payload)
+        else:
+            payload = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+            _fill(payload.numpy(), frames)
+            self.inner.put(place, payload)
 
     def _pays(self, raw: Bytes, itemsize: int) -> bool:
         if len(raw) <= BLOCK:
@@ -217,6 +222,10 @@ def _itemsize(spec: TensorSpec) -> int:
 
 def _blocks(raw: Bytes) -> list[Bytes]:
     return [raw[start : start + BLOCK] for start in range(0, len(raw), BLOCK)]
+
+
+def _payload_bytes(frames: Sequence[bytes]) -> int:
+    return _HEAD.size + sum(4 + len(frame) for frame in frames)
 
 
 def _fill(payload: Bytes, frames: Sequence[bytes]) -> None:

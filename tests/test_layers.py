@@ -16,7 +16,7 @@ LAYERS = (
     {"errors", "sizes", "spec", "devices", "shield", "open_file"},
     {"backend", "registry"},
     {"ledger", "planning"},
-    {"entry", "tier", "stats", "timeline", "transfer"},
+    {"entry", "tier", "stats", "timeline", "picture", "transfer"},
     {"residency", "flights", "leasing", "writing", "lease"},
     {"store"},
     {"report"},

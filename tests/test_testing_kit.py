@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -326,13 +326,13 @@ class OwnPut(DeviceBackend):  # type: ignore[valid-type, misc]
 
 
 class AllocatesOnce(OwnPut):
-    def allocate(self, spec: TensorSpec) -> torch.Tensor:
+    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
         place: torch.Tensor = self.__dict__.setdefault("place", torch.empty(1 << 20, dtype=torch.uint8))
         return typed_view(place, spec)
 
 
 class AllocatesDense(OwnPut):
-    def allocate(self, spec: TensorSpec) -> torch.Tensor:
+    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
         return torch.empty(spec.shape, dtype=spec.dtype)
 
 
@@ -699,6 +699,20 @@ class Seer(Listed, Foresight):
     def budget(self, nbytes: int | None) -> None:
         pass
 
+    def together(self, keys: Sequence[str]) -> None:
+        pass
+
+    def timed(self, now: Callable[[], float]) -> None:
+        pass
+
+    def waited(self, seconds: float) -> None:
+        pass
+
+
+class WantsWholeSeconds(Seer):
+    def waited(self, seconds: float) -> None:
+        range(seconds)  # type: ignore[call-overload]
+
 
 class WantsWhatIsThere(Seer):
     def wanted(self) -> str | None:
@@ -719,6 +733,7 @@ BROKEN_POLICIES = {
     Forgetful: "insert again", Twice: "insert again", NeverRemoves: "remove", AccessInserts: "access", RefusesAccess: "access",
     Consumes: "stable order", Rotates: "stable order", ReturnsList: "iterator", Hides: "insert", NeverEmpty: "fresh",
     SharedState: "independence", ForgetsBatches: "access all", WantsWhatIsThere: "wanted", SparesWhatHasGone: "spare", SparesTwice: "spare",
+    WantsWholeSeconds: "told",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ once for the same key.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -96,8 +96,43 @@ class MemoryBackend(VolatileBackend):
         """Store `tensor` itself, without a copy; the caller gives up ownership. It must lie on `device`."""
 
     @abstractmethod
-    def allocate(self, spec: TensorSpec) -> torch.Tensor:
-        """Return uninitialised memory of `spec` on `device`, for the caller to fill and hand to `adopt`, or to forget."""
+    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
+        """Return uninitialised memory of `spec` on `device`, for the caller to fill and hand to `adopt` as `key`, or to forget."""
+
+
+class DivisibleBackend(MemoryBackend):
+    """Memory in which a value may lie in pieces, each under a key of its own, which come and go by themselves.
+
+    Divided values make rings small: what streams need not be as large as what is computed with.
+    """
+
+    piece_bytes: int
+
+    @abstractmethod
+    def divides(self, nbytes: int) -> bool:
+        """True if a value of `nbytes` should lie in pieces of `piece_bytes`, of which the last, or the only one, may be smaller."""
+
+    @abstractmethod
+    def reserve(self, nbytes: int) -> torch.Tensor:
+        """Return a uint8 tensor of `nbytes` that has addresses but takes no memory; it must not be touched where nothing is."""
+
+    @abstractmethod
+    def place(self, memory: torch.Tensor, pieces: Mapping[str, int]) -> None:
+        """Let what is stored under these keys lie in `memory`, which `reserve` made, one after the other, whenever it is here.
+
+        `pieces`: bytes of each.
+        """
+
+    @abstractmethod
+    def release(self, keys: Iterable[str]) -> None:
+        """Forget where the values of `keys`, none of which is here, had their places."""
+
+    @abstractmethod
+    def complete(self, memory: torch.Tensor, parts: Mapping[int, FileExtent | torch.Tensor]) -> None:
+        """Put what is missing into `memory`, by the byte at which it starts, for good: no piece may go or come any more.
+
+        Parts of files become private maps, which take no memory until they are touched; uint8 tensors are copied.
+        """
 
 
 class MappedBackend(Backend):

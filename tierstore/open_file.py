@@ -47,6 +47,15 @@ class OpenFile:
         if hasattr(os, "posix_fadvise"):  # nothing may be read ahead that is about to be read around the cache
             os.posix_fadvise(self._buffered, 0, 0, os.POSIX_FADV_RANDOM)
 
+    @classmethod
+    def of(cls, path: str, shared: OpenFile | None) -> OpenFile:
+        """Return `shared` if it may still be shared, else the file at a path, opened; to be closed by the caller."""
+        return shared if shared is not None and shared.share() else cls(path)
+
+    def fileno(self) -> int:
+        """Return the descriptor for ordinary reads and maps; valid as long as the caller has not closed the file."""
+        return self._buffered
+
     def share(self) -> bool:
         """Let one more user have it; False if it is closed already."""
         with self._lock:

@@ -18,7 +18,7 @@ from tierstore.patch.attach import Attachment, refuse_attached
 from tierstore.patch.regions import Region, check_model
 from tierstore.planning.names import policy_factory
 from tierstore.planning.policy import PolicyFactory
-from tierstore.registry import backend_class, backend_names
+from tierstore.registry import backend_class, backend_names, open_backend
 from tierstore.report import forecast_of, render
 from tierstore.sizes import Size, format_size, parse_size
 from tierstore.stats import Stats
@@ -121,7 +121,10 @@ class Tiered:
         return render(self.store.stats(), forecast, holds_all=self._attachment.holds_all, device=str(self.device))
 
     def timeline(self, file: str | os.PathLike[str]) -> None:
-        """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing."""
+        """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing.
+
+        A file that ends in .png becomes a picture: which weights were in the fastest tier when, and how full each tier was.
+        """
         self.store.timeline(file)
 
     def prefetch(self, module: torch.nn.Module) -> None:
@@ -185,14 +188,11 @@ def _tiers(device: torch.device, gpu: Size | None, cpu: Size | None, disk: Disk 
     """Return the tiers that were asked for, fastest first; the first one is always memory of the compute device."""
     gpu_size = None if gpu is None else parse_size(gpu)
     cpu_size = None if cpu is None else parse_size(cpu)
-    device_memory = backend_class("device")
     on_device = gpu is not None or device.type != "cpu"
-    tiers = [Tier("gpu", device_memory(device), gpu_size)] if on_device else []  # type: ignore[call-arg]
-    if cpu is not None:
-        memory = backend_class("pinned")() if on_device else device_memory("cpu")  # type: ignore[call-arg]
-        tiers.append(Tier("cpu", memory, cpu_size))
-    elif not on_device:
-        tiers.append(Tier("cpu", device_memory("cpu")))  # type: ignore[call-arg]
+    fast = open_backend("ram") if device.type == "cpu" else open_backend("device", device)
+    tiers = [Tier("gpu", fast, gpu_size)] if on_device else [Tier("cpu", fast, cpu_size)]
+    if cpu is not None and on_device:
+        tiers.append(Tier("cpu", open_backend("pinned"), cpu_size))
     if disk is not None:
         tiers.append(_disk_tier(disk))
     return tiers

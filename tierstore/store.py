@@ -9,19 +9,20 @@ from types import TracebackType
 
 import torch
 
-from tierstore.backend import SizingBackend, VolatileBackend
+from tierstore.backend import VolatileBackend
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, ReadOnlyError, TierStoreError
 from tierstore.lease import Lease
+from tierstore.picture import draw
 from tierstore.planning.names import policy_factory
 from tierstore.planning.plan import Plan
 from tierstore.planning.policy import Foresight, PolicyFactory
 from tierstore.sizes import Size, parse_size
 from tierstore.spec import TensorSpec
 from tierstore.stats import Stats, TierStats
-from tierstore.tier import Tier
+from tierstore.tier import Tier, check_order
 from tierstore.transfer.engine import Engine
-from tierstore.transfer.threads import ThreadEngine
+from tierstore.transfer.streams import engine_for
 from tierstore.writing import Moves
 
 
@@ -39,13 +40,14 @@ class TieredStore:
         names = [tier.name for tier in tiers]
         if len(set(names)) < len(names):
             raise TierStoreError(f"tier names must differ, got {names}")
-        _check_order(tiers)
-        make_policy = policy_factory(policy)
+        check_order(tiers)
+        make_policy, engine = policy_factory(policy), engine_for(tiers[0].backend) if engine is None else engine
         for tier in tiers:
             tier.policy = make_policy()
             if isinstance(tier.policy, Foresight):
                 tier.policy.budget(tier.ledger.budget)
-        self._moves = Moves(tiers, ThreadEngine() if engine is None else engine)
+                tier.policy.timed(engine.now)
+        self._moves = Moves(tiers, engine)
         self._lock = self._moves.lock
         self._background: ThreadPoolExecutor | None = None
         try:
@@ -82,6 +84,7 @@ class TieredStore:
         with self._lock:
             entry = moves.entry(key)
             if entry.tensor is not None and entry.ready is None and not entry.busy:
+                moves.engine.computing()
                 moves.counters.hits += 1
                 moves.tiers[0].policy.access(key)
                 tensor = entry.tensor
@@ -176,14 +179,15 @@ class TieredStore:
             self._moves.check_open()
             level = names.index(tier)
             ledger = self._moves.tiers[level].ledger
-            before, ledger.budget = ledger.budget, budget
+            before = ledger.budget, ledger.aside
+            ledger.budget, ledger.aside = budget, 0
             try:
                 fits = budget is None or self._moves.make_room(level, 0)
             except BaseException:
-                ledger.budget = before
+                ledger.budget, ledger.aside = before
                 raise
             if not fits:
-                ledger.budget = before
+                ledger.budget, ledger.aside = before
                 raise BudgetError(
                     f"shrinking to {budget} bytes", tier=tier, required_bytes=ledger.used, budget_bytes=budget or 0,
                     hint="release leases first, or give the tiers below more room",
@@ -220,12 +224,12 @@ class TieredStore:
             self._moves.catch_up()
             tiers, counters = self._moves.tiers, self._moves.counters
             return Stats(
-                tiers={t.name: TierStats(t.ledger.budget, t.ledger.used, t.ledger.peak, self._count(i)) for i, t in enumerate(tiers)},
+                tiers={tier.name: self._tier_stats(level, tier) for level, tier in enumerate(tiers)},
                 links={f"{a.name}->{b.name}": counters.link(i, j) for i, a in enumerate(tiers) for j, b in enumerate(tiers) if i != j},
                 hits=counters.hits,
                 misses=counters.misses,
                 evictions=counters.evictions,
-                stall_seconds=counters.stall_seconds,
+                stall_seconds=counters.stall_seconds + self._moves.engine.stall_seconds(),
             )
 
     # -- the end ------------------------------------------------------------------------------------------------
@@ -235,44 +239,9 @@ class TieredStore:
 
         Nothing leaves the faster tiers. What a tier below holds, which only reads, is as safe there.
         """
-        last = self._moves.home
-        sizing = isinstance(self._moves.tiers[last].backend, SizingBackend)
-        # where only the writing shows whether all will fit, nothing may be evicted that was flushed a moment ago
-        make_room = self._moves.free_room if sizing else self._moves.make_room
         with self._lock:
             self._moves.check_open()
-            self._check_fits_all(last)
-            for entry in list(self._moves.entries.values()):
-                self._moves.wait_until_idle(entry)
-                self._moves.refresh(entry)
-                if self._moves.entries.get(entry.key) is not entry or max(entry.tiers) >= last:
-                    continue
-                self._moves.mark_busy(entry)
-                try:
-                    if not make_room(last, entry.nbytes):
-                        raise self._moves.no_room(f"flushing {entry.key!r}", entry.nbytes, last)
-                    self._moves.copy(entry, min(entry.tiers), last)
-                finally:
-                    self._moves.unmark_busy(entry)
-            for tier in self._moves.tiers[:last]:  # or an older version in a persistent one would be found first
-                for key in list(tier.stale):
-                    self._moves.delete_stale(tier, key)
-
-    def _check_fits_all(self, last: int) -> None:
-        """Raise before anything moves if a tier surely cannot hold every value at once."""
-        tier = self._moves.tiers[last]
-        sizing = isinstance(tier.backend, SizingBackend)
-        total = 0
-        for entry in self._moves.entries.values():
-            if last in entry.tiers:
-                total += tier.taken(entry.key, entry.nbytes)
-            elif max(entry.tiers, default=0) < last and not sizing:
-                total += entry.nbytes
-        if not tier.ledger.fits(total):
-            raise BudgetError(
-                "flushing", tier=tier.name, required_bytes=total, budget_bytes=tier.ledger.budget or 0,
-                hint=f"raise the budget of {tier.name!r}, delete values, or close(flush=False) to lose them",
-            )  # fmt: skip
+            self._moves.flush()
 
     def close(self, *, flush: bool | None = None) -> None:
         """Flush (by default if the last tier outlives the process), then close every backend. Closing twice is fine."""
@@ -291,9 +260,16 @@ class TieredStore:
             tier.backend.close()
 
     def timeline(self, file: str | os.PathLike[str]) -> None:
-        """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing."""
+        """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing.
+
+        A file that ends in .png becomes a picture: which values were in the fastest tier when, and how full each tier was.
+        """
+        tiers = self._moves.tiers
         with self._lock:
-            self._moves.timeline.write(file, [tier.name for tier in self._moves.tiers])
+            if os.fspath(file).lower().endswith(".png"):
+                draw(self._moves.timeline, [tier.name for tier in tiers], [tier.ledger.budget for tier in tiers], file)
+            else:
+                self._moves.timeline.write(file, [tier.name for tier in tiers])
 
     @property
     def plan(self) -> Plan | None:
@@ -338,13 +314,7 @@ class TieredStore:
                 if flight is not None and flight.error is not None:
                     raise flight.error
 
-    def _count(self, level: int) -> int:
-        return sum(level in entry.tiers for entry in self._moves.entries.values())
-
-
-def _check_order(tiers: Sequence[Tier]) -> None:
-    """Raise unless the tiers that only read come last, below one that takes what is fetched from them."""
-    order = [tier.writable for tier in tiers]
-    if not order[0] or order != sorted(order, reverse=True):
-        readers = [tier.name for tier in tiers if not tier.writable]
-        raise TierStoreError(f"tiers that only read ({readers}) come last, below at least one that takes values")
+    def _tier_stats(self, level: int, tier: Tier) -> TierStats:
+        ledger = tier.ledger
+        count = sum(level in entry.tiers for entry in self._moves.entries.values())
+        return TierStats(ledger.budget, ledger.used, ledger.peak, count, ledger.aside)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tierstore.backend import Backend, DistantBackend, MemoryBackend, ReadOnlyBackend, SizingBackend, VolatileBackend
 from tierstore.errors import TierStoreError
 from tierstore.ledger import Ledger
@@ -94,3 +96,11 @@ class Tier:
         nbytes = self.stale.pop(key, None)
         if nbytes is not None:
             self.ledger.release(nbytes)
+
+
+def check_order(tiers: Sequence[Tier]) -> None:
+    """Raise unless the tiers that only read come last, below one that takes what is fetched from them."""
+    order = [tier.writable for tier in tiers]
+    if not order[0] or order != sorted(order, reverse=True):
+        readers = [tier.name for tier in tiers if not tier.writable]
+        raise TierStoreError(f"tiers that only read ({readers}) come last, below at least one that takes values")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import count
 
 from tierstore.planning.policy import Foresight, Policy
 from tierstore.testing.rules import require, rule
@@ -51,8 +52,14 @@ def _check_foresight(make_policy: Callable[[], Policy]) -> None:
     policy, present = make_policy(), dict[str, None]()
     assert isinstance(policy, Foresight)
     policy.budget(40)
+    seconds = count()
+    with rule("told"):
+        policy.timed(lambda: float(next(seconds)))
     for turn in range(120):
         key = f"key {turn % 8}"
+        with rule("told"):
+            policy.together([key, f"key {(turn + 1) % 8}"])
+            policy.waited(0.25)
         if key not in present:
             while len(present) >= 4:
                 victim = next(policy.victims())

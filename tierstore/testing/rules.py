@@ -19,7 +19,7 @@ BACKEND_RULES = frozenset((
 """What a backend can break, by the names in `ConformanceError.rule`."""
 
 POLICY_RULES = frozenset((
-    "fresh", "independence", "insert", "insert again", "access", "access all", "remove", "iterator", "stable order", "wanted", "spare",
+    "fresh", "independence", "insert", "insert again", "access", "access all", "remove", "iterator", "stable order", "told", "wanted", "spare",
 ))  # fmt: skip
 """What a policy can break."""
 

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from tierstore.backend import Backend, MappedBackend, MemoryBackend, ReadingBackend
 from tierstore.entry import Ready
 from tierstore.spec import TensorSpec, raw_bytes
@@ -17,13 +19,17 @@ Arrived = Callable[[Ready], None]
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One copy of the value of `key`, described by `spec`, from the tier at level `route[0]` to that at `route[1]`."""
+    """One copy of the value of `key`, described by `spec`, from the tier at level `route[0]` to that at `route[1]`.
+
+    `ready`: what must come before the source is read, if that may still be filled on the device.
+    """
 
     key: str
     spec: TensorSpec
     source: Backend
     target: Backend
     route: tuple[int, int]
+    ready: Ready | None = None
 
 
 class Engine(ABC):
@@ -41,6 +47,27 @@ class Engine(ABC):
         whoever waits for what it is given; then nothing may go wrong any more. Both may be called from another thread, or
         before this returns.
         """
+
+    def put(self, target: Backend, level: int, key: str, tensor: torch.Tensor) -> Ready | None:
+        """Write a new value into the tier at `level`, in this thread; who reads it waits for what this returns, if anything."""
+        target.put(key, tensor)
+        return None
+
+    def computing(self) -> None:  # noqa: B027  (only a device with streams of its own has to know)
+        """Take note that this thread is about to compute with values of the fastest tier, whether or not it holds the store's lock."""
+
+    def gather(self) -> None:  # noqa: B027  (likewise)
+        """Let what this thread does from now on come after all computations with values so far, whoever made them."""
+
+    def parting(self, tensor: torch.Tensor) -> None:  # noqa: B027  (likewise)
+        """Let whatever is done with the memory of `tensor`, which leaves the fastest tier, come after all that used it.
+
+        The store's lock is held.
+        """
+
+    def stall_seconds(self) -> float:
+        """Seconds that computations waited for copies on the device, as far as that is known by now."""
+        return 0.0
 
     @abstractmethod
     def wait(self, lock: threading.Condition) -> None:
@@ -62,7 +89,7 @@ def copy_value(transfer: Transfer) -> None:
     """
     taker = transfer.target
     if isinstance(transfer.source, ReadingBackend) and isinstance(taker, MemoryBackend) and taker.device.type == "cpu":
-        place = taker.allocate(transfer.spec)
+        place = taker.allocate(transfer.key, transfer.spec)
         transfer.source.read_into(transfer.key, raw_bytes(place))
         taker.adopt(transfer.key, place)
         return

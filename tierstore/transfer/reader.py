@@ -103,7 +103,7 @@ class _Job:
         self._error: BaseException | None = None
         self._file: OpenFile | None = None
         try:
-            self._file = extent.file if extent.file is not None and extent.file.share() else OpenFile(extent.path)
+            self._file = OpenFile.of(extent.path, extent.file)
         except OSError as error:
             self._error = error.with_traceback(None)
 

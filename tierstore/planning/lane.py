@@ -6,151 +6,13 @@ One `Schedule` sees every access and has the plan; each tier but the last has a 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from tierstore.planning.plan import Plan, plan
-from tierstore.planning.policy import Foresight, PolicyFactory
-from tierstore.planning.predictor import Predictor
-from tierstore.planning.shadow import Shadowed
+from tierstore.planning.plan import Plan
+from tierstore.planning.policy import Foresight
+from tierstore.planning.schedule import Schedule
 
-_ENOUGH = 32  # expected accesses in a row after which a repetition is believed; fewer if all of it is shorter
-_FEWEST = 4
-_SOME = 8  # the same for fetching ahead
-_BETTER = 0.98  # a new plan replaces one that moves at least this much less
-_FIXED_BYTES = 128 << 10  # what a transfer costs on top of its bytes: about 50 microseconds at 2.5 GB/s
-
-
-class Schedule:
-    """What the lanes of one store share: the predicted order of accesses, sizes, budgets, and the plan made of them."""
-
-    def __init__(self, fixed_bytes: int = _FIXED_BYTES, online: PolicyFactory = Shadowed) -> None:
-        self._online = online
-        self.predictor = Predictor()
-        self.predictor.on_trim = self._trimmed
-        self.predictor.on_erratic = self._unplan
-        self.lanes: list[Lane] = []
-        self._upper: list[Lane] = []  # all but the slowest, into which nothing is fetched
-        self.sizes: dict[str, int] = {}
-        self.plan: Plan | None = None
-        self._fixed_bytes = fixed_bytes
-        self._considered: int | None = None  # the period for which a plan was made last
-        self._squeezed = 0  # bytes that should have stayed and had to leave, in this repetition
-        self._extra = 0  # bytes left free for them since
-        self._until_check = 0
-
-    def lane(self) -> Lane:
-        """Return the policy of the next tier, fastest first."""
-        lane = Lane(self, len(self.lanes), self._online)
-        self._upper = list(self.lanes)
-        self.lanes.append(lane)
-        return lane
-
-    def seen(self, key: str) -> None:
-        """Record a use."""
-        expected = self.predictor.see(key)
-        if not expected:
-            self._considered = None
-        for lane in self._upper:
-            lane.passed(key, expected=expected)
-        if expected:
-            self._went_on(1)
-
-    def seen_all(self, keys: list[str]) -> None:
-        """Record several uses: faster where they were expected."""
-        if self.predictor.erratic:
-            keys = [key for key in keys if key not in self.predictor.erratic]
-        start = 0
-        while start < len(keys):
-            some = keys[start : start + (self.predictor.period or 1)]
-            if self.predictor.see_expected(some):
-                for lane in self._upper:
-                    lane.passed_all(some)
-                self._went_on(len(some))
-            else:
-                for key in some:
-                    self.seen(key)
-            start += len(some)
-
-    def _went_on(self, count: int) -> None:
-        """As many uses were expected: look whether it is time for another plan."""
-        self._until_check -= count
-        period = self.predictor.period
-        if period is not None and (period != self._considered or (self._until_check <= 0 and self._squeezed)):
-            self._consider(period)
-
-    def rest(self, key: str) -> int | None:
-        """Return the level in which the plan keeps `key`; None if it says nothing."""
-        return self.plan.rest.get(key) if self.plan is not None and key not in self.predictor.erratic else None
-
-    def budget_changed(self) -> None:
-        """Plan anew at the next expected access."""
-        self._considered = None
-        self._extra = 0
-        if self.plan is not None:
-            self._adopt(None)
-
-    def squeezed(self, nbytes: int, *, by_plan: bool) -> None:
-        """Entries of `nbytes` that the plan keeps had to leave: for others of the plan, it left too little room for them."""
-        if by_plan:
-            self._squeezed += nbytes
-
-    def _consider(self, period: int) -> None:
-        """Make a plan for the repetition at hand, and follow it if it moves less than the present one does."""
-        if self.predictor.matched < _FEWEST or not self.predictor.sure(_ENOUGH):
-            return
-        squeezed = bool(self._squeezed)
-        self._considered, self._until_check = period, period
-        self._extra, self._squeezed = self._extra + self._squeezed, 0
-        cycle = [key for key in self.predictor.cycle() if key in self.sizes]
-        budgets = self._budgets(cycle)
-        if budgets is None:
-            return
-        new = plan(cycle, self.sizes, budgets, fixed_bytes=self._fixed_bytes)
-        if squeezed or self._improves(new, cycle):
-            self._adopt(new)
-
-    def _budgets(self, cycle: list[str]) -> list[int | None] | None:
-        """Return the budgets to plan with, None if an entry alone exceeds the first."""
-        budgets = [lane.nbytes for lane in self.lanes[:-1]] + [None]
-        first = budgets[0]
-        if first is not None:
-            largest = max((self.sizes[key] for key in cycle), default=0)
-            if largest > first:
-                return None
-            budgets[0] = max(first - self._extra, largest)
-        return budgets
-
-    def would_move(self, level: int, budget: int) -> int | None:
-        """Return the bytes that the repetition at hand would bring into a tier that had another budget."""
-        if self.plan is None:
-            return None
-        cycle = [key for key in self.predictor.cycle() if key in self.sizes] or [key for order in self.plan.order[:1] for key in order]
-        budgets = self._budgets(cycle)
-        if not cycle or budgets is None:
-            return None
-        budgets[level] = max(budget, max(self.sizes[key] for key in cycle))
-        return plan(cycle, self.sizes, budgets, fixed_bytes=self._fixed_bytes).link_bytes[level]
-
-    def _improves(self, new: Plan, cycle: list[str]) -> bool:
-        """True if `new` moves clearly less than the plan at hand, or knows keys that it does not, for no more."""
-        if self.plan is None:
-            return True
-        now = sum(self.sizes[key] for key in cycle if self.plan.rest.get(key) != 0)
-        unknown = any(key not in self.plan.rest for key in cycle)
-        return new.link_bytes[0] < _BETTER * now or (unknown and new.link_bytes[0] <= now)
-
-    def _adopt(self, new: Plan | None) -> None:
-        self.plan = new
-        for lane in self.lanes:
-            lane.sort_out()
-
-    def _unplan(self, key: str) -> None:
-        for lane in self.lanes:
-            lane.unplan(key)
-
-    def _trimmed(self, cut: int) -> None:
-        for lane in self.lanes:
-            lane.trimmed(cut)
+_SOME = 8  # expected accesses in a row after which it is worth fetching ahead
 
 
 class Lane(Foresight):
@@ -162,12 +24,11 @@ class Lane(Foresight):
     online policy, which sees no others.
     """
 
-    def __init__(self, schedule: Schedule, level: int, make_online: PolicyFactory) -> None:
+    def __init__(self, schedule: Schedule) -> None:
         self.nbytes: int | None = None
         self._schedule = schedule
-        self._level = level
-        self._make_online = make_online
-        self._online = make_online()
+        self._level = schedule.add(self)
+        self._online = schedule.online()
         self._unplanned: set[str] = set()  # what the online policy has
         self._present: OrderedDict[str, None] = OrderedDict()  # by last use
         self._spent: OrderedDict[str, None] = OrderedDict()
@@ -225,12 +86,22 @@ class Lane(Foresight):
         self.nbytes = nbytes
         self._schedule.budget_changed()
 
+    def timed(self, now: Callable[[], float]) -> None:
+        self._schedule.now = now
+
+    def waited(self, seconds: float) -> None:
+        if self._level == 0:
+            self._schedule.waited += seconds
+
     @property
     def plan(self) -> Plan | None:
         return self._schedule.plan
 
     def would_move(self, budget: int) -> int | None:
         return self._schedule.would_move(self._level, budget)
+
+    def together(self, keys: Sequence[str]) -> None:
+        self._schedule.together.update(dict.fromkeys(keys, keys[0]))
 
     # -- answers --------------------------------------------------------------------------------------------------
 
@@ -310,7 +181,7 @@ class Lane(Foresight):
         present, sizes = list(self._present), self._schedule.sizes
         self._spent.clear()
         self._forget_window()
-        self._online = self._make_online()
+        self._online = self._schedule.online()
         self._unplanned = {key for key in present if self._schedule.rest(key) is None}
         for key in present:
             if key in self._unplanned:
