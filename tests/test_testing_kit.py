@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +34,7 @@ def device_backend() -> MemoryBackend:
 
 
 DeviceBackend = type(device_backend())
+RamBackend = type(open_backend("ram"))
 
 
 # -- sound backends pass ----------------------------------------------------------------------------------------------
@@ -48,7 +49,15 @@ class Kept(DictBackend):
         return other
 
 
-SOUND = [DictBackend, device_backend, lambda: open_backend("pinned"), lambda: Filed(), lambda: Reads(), lambda: Sizes()]
+SOUND = [
+    DictBackend,
+    device_backend,
+    lambda: open_backend("pinned"),
+    lambda: open_backend("ram"),
+    lambda: Filed(),
+    lambda: Reads(),
+    lambda: Sizes(),
+]
 
 
 @pytest.mark.parametrize("make", SOUND)
@@ -336,6 +345,23 @@ class AllocatesDense(OwnPut):
         return torch.empty(spec.shape, dtype=spec.dtype)
 
 
+class Scatters(RamBackend):  # type: ignore[valid-type, misc]
+    """Adopts what it is given where that lies."""
+
+    def adopt(self, key: str, tensor: torch.Tensor) -> None:
+        self._tensors[key] = tensor
+
+
+class NeverDivides(RamBackend):  # type: ignore[valid-type, misc]
+    def divides(self, nbytes: int) -> bool:
+        return False
+
+
+class LeavesHoles(RamBackend):  # type: ignore[valid-type, misc]
+    def complete(self, memory: torch.Tensor, parts: Mapping[int, FileExtent | torch.Tensor]) -> None:
+        super().complete(memory, {})
+
+
 class LeakingMemory(DeviceBackend):  # type: ignore[valid-type, misc]
     def delete(self, key: str) -> None:
         self.__dict__.setdefault("bin", []).append(self.get(key))
@@ -533,6 +559,7 @@ BROKEN_BACKENDS = {
     DropsBeforeWriting: "atomic put", RecordsBeforeWriting: "atomic put", StoresNothingForNothing: "atomic put", SharesABuffer: "threads",
     LosesOnReopen: "reopen", RevivesOnReopen: "reopen", CopyingMemory: "live memory",
     CopyingAdopt: "adopt", AllocatesOnce: "allocate", AllocatesDense: "allocate", LeakingMemory: "delete",
+    Scatters: "pieces", NeverDivides: "pieces", LeavesHoles: "pieces",
     ForgetsItsHeader: "extent", CountsElements: "extent", WritesInPlace: "extent",
     ReadsTheFirstPart: "read into", ReadsWholePages: "read into", ReadsNothing: "read into",
     CountsItsHeader: "stored bytes", CountsTheFirstValue: "stored bytes", GuessesASize: "stored bytes", SizesAnything: "stored bytes",

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from tierstore.backend import Backend, FileBackend, MemoryBackend, ReadingBackend, SizingBackend
+from tierstore.backend import Backend, DivisibleBackend, FileBackend, MemoryBackend, ReadingBackend, SizingBackend
 from tierstore.spec import TensorSpec, raw_bytes
 from tierstore.testing.rules import ConformanceError, compare, compare_entries, require, rule
-from tierstore.testing.values import bits, make_value, overwrite, some_values
+from tierstore.testing.values import bits, make_value, overwrite, random_bytes, some_values
 
 
 def _check_memory(backend: Backend) -> None:
@@ -40,6 +40,30 @@ def _check_allocate(backend: MemoryBackend, spec: TensorSpec, name: str) -> None
     require(bool((place[0] == 1).all()), "allocate", f"two pieces of memory for {name} overlap")
     backend.adopt("key", second)
     require(backend.get("key").data_ptr() == second.data_ptr(), "allocate", "what allocate returned must be what adopt stores")
+
+
+def _check_divided(backend: Backend) -> None:
+    """Two pieces lie side by side wherever they come from, and stay there for good once the value is completed."""
+    if not isinstance(backend, DivisibleBackend):
+        return
+    size = backend.piece_bytes
+    first, second, third = (random_bytes(size, torch.uint8, seed) for seed in (1, 2, 3))
+    with rule("pieces"):
+        require(backend.divides(2 * size), "pieces", f"a value of two pieces of {size} bytes is not divided")
+        memory = backend.reserve(2 * size)
+        backend.place(memory, {"first": size, "second": size})
+        backend.put("first", first)
+        backend.adopt("second", second)
+        require(bits(memory) == bits(torch.cat((first, second))), "pieces", "values that were put and adopted do not lie side by side")
+        for key, start in (("first", 0), ("second", size)):
+            apart = backend.get(key).data_ptr() - memory.data_ptr()
+            require(apart == start, "pieces", f"get of a piece returned memory {apart} bytes from where the value begins, not {start}")
+        backend.delete("first")
+        backend.put("first", third)
+        require(bits(memory) == bits(torch.cat((third, second))), "pieces", "a piece that came back is elsewhere, or has moved another one")
+        backend.delete("second")
+        backend.complete(memory, {size: first})
+        require(bits(memory) == bits(torch.cat((third, first))), "pieces", "complete() did not put what was missing beside what was there")
 
 
 def _check_file(backend: Backend) -> None:
@@ -113,4 +137,4 @@ def _raw(value: torch.Tensor) -> bytes:
     return raw_bytes(value).numpy().tobytes()
 
 
-CAPABILITY_CHECKS: tuple[Callable[[Backend], None], ...] = (_check_memory, _check_file, _check_reading, _check_sizing)
+CAPABILITY_CHECKS: tuple[Callable[[Backend], None], ...] = (_check_memory, _check_divided, _check_file, _check_reading, _check_sizing)

@@ -14,12 +14,13 @@ from tierstore.testing.values import bits
 BACKEND_RULES = frozenset((
     "fresh", "dtype", "shape", "stride", "bits", "entries", "missing key", "overwrite", "put copies", "put only reads", "get is private",
     "get survives", "plain tensor", "delete", "atomic put", "odd keys", "threads", "large values", "live memory", "adopt", "allocate",
-    "extent", "read into", "stored bytes", "reopen", "release", "close",
+    "pieces", "extent", "read into", "stored bytes", "reopen", "release", "close",
 ))  # fmt: skip
 """What a backend can break, by the names in `ConformanceError.rule`."""
 
 POLICY_RULES = frozenset((
-    "fresh", "independence", "insert", "insert again", "access", "access all", "remove", "iterator", "stable order", "told", "wanted", "spare",
+    "fresh", "independence", "insert", "insert again", "access", "access all", "remove", "iterator", "stable order", "told", "wanted",
+    "spare",
 ))  # fmt: skip
 """What a policy can break."""
 
