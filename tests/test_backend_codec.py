@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.samples import assert_identical, dtype_samples
-from tierstore import BackendError, BudgetError, CorruptionError, Tier, TieredStore, TierStoreError, open_backend
+from tierstore import BackendError, BudgetError, CorruptionError, Tier, TieredStore, TierStoreError, open_backend, tiered
 from tierstore.backend import Backend, ReadOnlyBackend, SizingBackend, VolatileBackend
 from tierstore.backends._codecs import BitShuffledLZ4, BytePlanesZstd, Codec, codec_named
 from tierstore.backends.codec import BLOCK, CompressedBackend
@@ -370,3 +370,18 @@ def test_a_replacement_that_cannot_remove_the_older_value_changes_nothing() -> N
     assert len(list(backend.inner.entries())) == 1
     backend.put("key", weights(40, 5))
     assert_identical(backend.get("key"), weights(40, 5))
+
+
+def test_a_lookup_of_rows_brings_a_compressed_table_in_once(tmp_path: Path) -> None:
+    """Its rows cannot be read by themselves, so that each lookup would decompress all of it."""
+    model, ids = torch.nn.Sequential(torch.nn.Embedding(4096, 128), torch.nn.Linear(128, 128)), torch.tensor([3, 77])
+    with torch.no_grad():
+        model[0].weight.mul_(0.01)
+        expected = model(ids)
+        with tiered(model, cpu="2200KiB", disk=compressed(open_backend("disk", tmp_path / "d"))) as session:
+            session.offload(model)
+            for _ in range(3):
+                assert torch.equal(model(ids), expected)
+            assert session.tier_of("0.weight") == "cpu"
+            assert session.stats().links["disk->cpu"].bytes == sum(weight.nbytes for weight in model.parameters())
+        assert torch.equal(model(ids), expected)
