@@ -46,7 +46,8 @@ class TieredStore:
             tier.policy = make_policy()
             if isinstance(tier.policy, Foresight):
                 tier.policy.budget(tier.ledger.budget)
-                tier.policy.timed(engine.now)
+                if engine.computes_now:
+                    tier.policy.timed(engine.now)
         self._moves = Moves(tiers, engine)
         self._lock = self._moves.lock
         self._background: ThreadPoolExecutor | None = None

@@ -33,7 +33,13 @@ class Transfer:
 
 
 class Engine(ABC):
-    """Copies values, at once or in the background. Called without the store's lock, except for `wait` and `now`."""
+    """Copies values, at once or in the background. Called without the store's lock, except for `wait` and `now`.
+
+    `computes_now`: the time that passes between two uses of values is that of computing with them. It is not where a device
+    computes behind the host's back.
+    """
+
+    computes_now = True
 
     @abstractmethod
     def carry(self, transfer: Transfer) -> None:

@@ -31,6 +31,8 @@ class StreamEngine(ThreadEngine):
     ends with torch's `OutOfMemoryError`.
     """
 
+    computes_now = False
+
     def __init__(self, accelerator: Accelerator, reader: Reader | None = None) -> None:
         super().__init__(reader)
         self._accelerator = accelerator
