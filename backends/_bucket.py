@@ -20,6 +20,7 @@ from fsspec.core import url_to_fs
 
 from tierstore.backends._retry import IncompleteError, Retries
 from tierstore.errors import BackendError, RemoteError
+from tierstore.registry import backend_names
 
 _MULTIPART = frozenset(("s3", "s3a", "gs", "gcs"))
 _WHOLE = frozenset(("memory", "abfs", "abfss", "az"))
@@ -177,7 +178,8 @@ def _open_file_system(url: str, protocol: str, options: Mapping[str, Any]) -> tu
         way_out = f"pip install 'tierstore[{extra}]'" if extra else "install it"
         raise BackendError(f"{protocol}:// needs a package that is not installed ({error}); {way_out}") from error
     except ValueError as error:
-        raise BackendError(f"{url!r} cannot be opened: {error}") from error
+        names = ", ".join(backend_names())
+        raise BackendError(f"{url!r} cannot be opened: {error}; beside what fsspec knows, these are installed: {names}") from error
     if protocol in _S3:
         fs.retries = 1  # s3fs's own, which would multiply ours
     return fs, root

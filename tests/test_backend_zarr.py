@@ -61,8 +61,12 @@ for number in itertools.count():
 
 @pytest.fixture(scope="module", autouse=True)
 def zarr_threads() -> None:
-    """Make zarr start its event loop, which keeps descriptors of its own until the process ends."""
+    """Make zarr start its event loop, which keeps descriptors of its own until the process ends.
+
+    What other tests left to the collector, such as connections of fsspec, would be closed in the middle of one of these.
+    """
     zarr.create_group({})
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
