@@ -1,6 +1,17 @@
 """A tiered tensor store for PyTorch: run any model inside a byte budget for each tier."""
 
-from tierstore.backend import Backend, FileBackend, FileExtent, MappedBackend, MemoryBackend
+from tierstore.backend import (
+    Backend,
+    DistantBackend,
+    FileBackend,
+    FileExtent,
+    MappedBackend,
+    MemoryBackend,
+    ReadingBackend,
+    ReadOnlyBackend,
+    SizingBackend,
+    VolatileBackend,
+)
 from tierstore.errors import (
     BackendError,
     BudgetError,
@@ -8,6 +19,8 @@ from tierstore.errors import (
     CorruptionError,
     MissingKeyError,
     ModelError,
+    ReadOnlyError,
+    RemoteError,
     SizeError,
     TierStoreError,
     UnsupportedTensorError,
@@ -29,6 +42,7 @@ __all__ = [
     "BudgetError",
     "ClosedError",
     "CorruptionError",
+    "DistantBackend",
     "FileBackend",
     "FileExtent",
     "LinkStats",
@@ -37,7 +51,12 @@ __all__ = [
     "MissingKeyError",
     "ModelError",
     "Policy",
+    "ReadOnlyBackend",
+    "ReadOnlyError",
+    "ReadingBackend",
+    "RemoteError",
     "SizeError",
+    "SizingBackend",
     "Stats",
     "TensorSpec",
     "Tier",
@@ -46,6 +65,7 @@ __all__ = [
     "Tiered",
     "TieredStore",
     "UnsupportedTensorError",
+    "VolatileBackend",
     "backend_class",
     "backend_names",
     "format_size",

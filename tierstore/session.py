@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -48,8 +48,8 @@ def tiered(
 
     `model`: a module, or a list or dict of modules that share the budgets. `gpu`, `cpu`: sizes (`"8GiB"`, bytes, or None:
     that tier is left out, except that the computing tier is unlimited when no size is given at all). `disk`: a directory for
-    scratch files, a `(directory, size)` pair, a URL, or a `Backend`. `device`: where to compute; by default the accelerator if
-    one works, else the CPU. The tier called `gpu` is memory of that device, also when it is the CPU.
+    scratch files, a `(directory, size)` pair, a URL for scratch objects, or a `Backend`. `device`: where to compute; by default
+    the accelerator if one works, else the CPU. The tier called `gpu` is memory of that device, also when it is the CPU.
 
     Values, gradients and random numbers are those of the plain model. Raises `BudgetError`, `ModelError`, `BackendError` or
     `ValueError` before the model is touched.
@@ -208,4 +208,6 @@ def _disk_tier(disk: Disk) -> Tier:
         return Tier("disk", backend_class("disk").scratch(Path(text)), budget)  # type: ignore[attr-defined]
     scheme = text.partition("://")[0]
     name = scheme if scheme in backend_names() else "remote"
-    return Tier("disk", backend_class(name)(text), budget)  # type: ignore[call-arg]
+    made = backend_class(name)
+    open_place: Callable[[str], Backend] = getattr(made, "scratch", made)  # one of its own that goes at the end, where there is such
+    return Tier("disk", open_place(text), budget)

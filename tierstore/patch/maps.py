@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tierstore.backend import DivisibleBackend, FileBackend, FileExtent, MappedBackend
+from tierstore.backend import DivisibleBackend, FileBackend, FileExtent, MappedBackend, MemoryBackend
 from tierstore.entry import Entry
 from tierstore.patch.stored import DividedSource, StoredSource
 from tierstore.spec import raw_bytes, typed_view
@@ -61,7 +61,25 @@ def lying(moves: Moves, entry: Entry) -> Part:
     if extent is not None:
         return extent
     with moves.lock:
-        return moves.tiers[_levels(moves, entry)[0]].backend.get(entry.key)
+        levels = _levels(moves, entry)
+        backend = moves.tiers[next((level for level in levels if _in_place(moves, level)), levels[0])].backend
+        moves.mark_busy(entry)
+    try:
+        return backend.get(entry.key)  # without the lock: it may have to be decompressed, or come from far away
+    finally:
+        with moves.lock:
+            moves.unmark_busy(entry)
+
+
+def readable_in_place(source: StoredSource) -> bool:
+    """True if all of a value lies in memory or in mapped files, where a part of it can be read without the rest."""
+    moves = source.host.store.moves
+    with moves.lock:
+        return all(any(_in_place(moves, level) for level in entry.tiers) for entry in source.stored)
+
+
+def _in_place(moves: Moves, level: int) -> bool:
+    return isinstance(moves.tiers[level].backend, MemoryBackend | MappedBackend)
 
 
 def _extent(moves: Moves, entry: Entry) -> FileExtent | None:
