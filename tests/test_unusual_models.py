@@ -129,13 +129,13 @@ class ChannelsLast(nn.Module):
 class Complex(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.single = nn.Parameter(torch.randn(32, 32, dtype=torch.cfloat))
-        self.double = nn.Parameter(torch.randn(32, 32, dtype=torch.cdouble))
+        self.narrow = nn.Parameter(torch.randn(32, 32, dtype=torch.cfloat))
+        self.wide = nn.Parameter(torch.randn(32, 32, dtype=torch.cdouble))
         self.signal = nn.Parameter(torch.randn(32))
 
     def forward(self, x: torch.Tensor) -> Any:
-        turned = torch.view_as_real(x.to(torch.cfloat) @ self.single.conj().t())
-        return turned, (x.to(torch.cdouble) @ self.double.mH).abs(), torch.fft.rfft(self.signal).abs()
+        turned = torch.view_as_real(x.to(torch.cfloat) @ self.narrow.conj().t())
+        return turned, (x.to(torch.cdouble) @ self.wide.mH).abs(), torch.fft.rfft(self.signal).abs()
 
 
 @takes(X)
@@ -157,7 +157,8 @@ class ManyDtypes(nn.Module):
 class Shapes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.expanded, self.empty = nn.Parameter(torch.randn(1, 32).expand(32, 32)), nn.Parameter(torch.empty(0, 4))
+        self.expanded = nn.Parameter(torch.randn(1, 32).expand(32, 32), requires_grad=False)  # no optimizer can write to it
+        self.empty = nn.Parameter(torch.empty(0, 4))
         self.scale, self.turned = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.randn(32, 32).t())
         self.layer = nn.Linear(32, 64)
 
