@@ -1,22 +1,19 @@
-"""The format of one stored value: a safetensors file that is complete in itself."""
+"""The format of one stored value: a safetensors file that is complete in itself, so that the index can be made anew from them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from tierstore.backends._lock import dtype_name, key_fields, key_from, spec_from
-from tierstore.errors import BackendError, CorruptionError
+from tierstore.backends._rows import Row
+from tierstore.checksum import checksum, sums_size
+from tierstore.errors import BackendError
 from tierstore.spec import TensorSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ALIGNMENT = 4096  # of the data in the file and so in memory, in bytes
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
 
@@ -43,31 +40,59 @@ _SAFETENSORS_NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Blob:
-    """What `get` needs to know of a file without parsing it."""
+def encode_head(key: str, spec: TensorSpec, sums: bytes, generation: int, store: str) -> bytes:
+    """Return what stands before the data: the header's length, the header, and the spaces that align the data.
 
-    spec: TensorSpec
-    data_offset: int
-    head_crc: int
-
-    @classmethod
-    def of(cls, spec: TensorSpec, head: bytes) -> Blob:
-        return cls(spec, len(head), zlib.crc32(head))
-
-    def check_head(self, head: bytes | memoryview, key: str, file: Path) -> None:
-        """Raise `CorruptionError` unless `head`, what stands before the data now, is what was there at first."""
-        if zlib.crc32(head) != self.head_crc:
-            raise CorruptionError(key, str(file), "its header has changed")
-
-    @property
-    def file_size(self) -> int:
-        return self.data_offset + self.spec.nbytes
+    Its size does not depend on what the checksums `sums` are. `store` is the id of the store that owns the blob.
+    """
+    fields = key_fields(key, "key") | {
+        "tierstore": str(FORMAT_VERSION),
+        "store": store,
+        "generation": str(generation),
+        "dtype": dtype_name(spec.dtype),
+        "shape": json.dumps(spec.shape),
+        "stride": json.dumps(spec.stride),
+        "xxh3": sums.hex(),
+    }
+    fields["seal"] = checksum(json.dumps(sorted(fields.items())).encode()).hex()
+    return pack_head({"__metadata__": fields, "data": tensor_entry(spec)}, key)
 
 
-def encode_head(key: str, spec: TensorSpec) -> bytes:
-    """Return what stands before the data: the header's length, the header, and the spaces that align the data."""
-    header = {"__metadata__": _metadata(key, spec), "data": _plain_entry(spec)}
+def decode_head(head: bytes, blob: str) -> tuple[Row, str]:
+    """Return the row that a head describes, and the id of the store that owns it.
+
+    Raises `ValueError` unless every byte is what `encode_head` would write: nothing in it has changed since.
+    """
+    metadata = parse_head(head)["__metadata__"]
+    key = key_from(metadata, "key")
+    spec = spec_in(metadata)
+    sums, generation, store = _text(metadata, "xxh3"), _text(metadata, "generation"), _text(metadata, "store")
+    row = Row(key, blob, len(head), spec, bytes.fromhex(sums), checksum(head), int(generation), FORMAT_VERSION)
+    if len(row.sums) != sums_size(spec.nbytes) or head != encode_head(key, spec, row.sums, row.generation, store):
+        raise ValueError("the header does not match its checksum or version")
+    return row, store
+
+
+def head_size(prefix: bytes, file_size: int) -> int:
+    """Return how many bytes stand before the data of a file that begins with `prefix`, 8 bytes; `ValueError` if that cannot be."""
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or not 2 <= length <= min(MAX_HEADER, file_size - 8):
+        raise ValueError(f"a header of {length} bytes in a file of {file_size} bytes")
+    return 8 + length
+
+
+def parse_head(head: bytes) -> dict[str, dict[str, object]]:
+    """Return the header's two entries, which are JSON objects; raise `ValueError` if it has others."""
+    try:
+        header = json.loads(head[8:])
+    except (ValueError, RecursionError):
+        raise ValueError("the header is not JSON") from None
+    if isinstance(header, dict) and set(header) == {"__metadata__", "data"} and isinstance(header["__metadata__"], dict):
+        return header
+    raise ValueError("the header does not describe one value")
+
+
+def pack_head(header: Mapping[str, object], key: str) -> bytes:
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     total = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
     if total - 8 > MAX_HEADER:
@@ -75,55 +100,31 @@ def encode_head(key: str, spec: TensorSpec) -> bytes:
     return (total - 8).to_bytes(8, "little") + text.ljust(total - 8)
 
 
-def read_blob(file: Path) -> tuple[str, Blob]:
-    """Return the key and description of a stored value; raise `CorruptionError` unless all of its header agrees."""
-    key = "?"
-    try:
-        head, size = _read_head(file)
-        header = _parse_header(head)
-        metadata = header["__metadata__"]
-        key = key_from(metadata, "key")
-        blob = Blob.of(_spec_from(metadata), head)
-        _check_header(header, key, blob.spec)
-    except (ValueError, RecursionError) as error:
-        raise CorruptionError(key, str(file), str(error)) from error
-    if file.parts[-2:] != file_name(key).parts:
-        raise CorruptionError(key, str(file), "the file is named for another key")
-    if size != blob.file_size:
-        raise CorruptionError(key, str(file), f"the file has {size} bytes instead of {blob.file_size}")
-    return key, blob
-
-
-def file_name(key: str) -> Path:
-    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
-    return Path(digest[:2], f"{digest[:32]}.safetensors")
-
-
-def _metadata(key: str, spec: TensorSpec) -> dict[str, str]:
-    fields = key_fields(key, "key") | {
-        "tierstore": str(FORMAT_VERSION),
-        "dtype": dtype_name(spec.dtype),
-        "shape": json.dumps(spec.shape),
-        "stride": json.dumps(spec.stride),
-    }
-    return fields | {"crc32": _checksum(fields)}
-
-
-def _checksum(fields: Mapping[str, str]) -> str:
-    """Guard what the sizes of the file do not: a damaged stride may span the same bytes."""
-    return f"{zlib.crc32(json.dumps(sorted(fields.items())).encode()):08x}"
-
-
-def _plain_entry(spec: TensorSpec) -> dict[str, object]:
-    """Return an entry that any safetensors reader understands, or the raw one where the format cannot say dtype or stride."""
+def tensor_entry(spec: TensorSpec) -> dict[str, object]:
+    """Return an entry that any safetensors reader understands: the tensor, or its bytes where the format has no such dtype or stride."""
     name = _SAFETENSORS_NAMES.get(spec.dtype)
     if name is None or not _row_major(spec):
-        return _raw_entry(spec)
+        return raw_entry(spec)
     return {"dtype": name, "shape": list(spec.shape), "data_offsets": [0, spec.nbytes]}
 
 
-def _raw_entry(spec: TensorSpec) -> dict[str, object]:
+def raw_entry(spec: TensorSpec) -> dict[str, object]:
     return {"dtype": "U8", "shape": [spec.nbytes], "data_offsets": [0, spec.nbytes]}
+
+
+def spec_in(metadata: Mapping[str, object]) -> TensorSpec:
+    try:
+        shape, stride = json.loads(_text(metadata, "shape")), json.loads(_text(metadata, "stride"))
+    except RecursionError:
+        raise ValueError("shape or stride is no list of sizes") from None
+    return spec_from(metadata.get("dtype"), shape, stride)
+
+
+def _text(metadata: Mapping[str, object], name: str) -> str:
+    text = metadata.get(name)
+    if not isinstance(text, str):
+        raise ValueError(f"the header has no {name}")
+    return text
 
 
 def _row_major(spec: TensorSpec) -> bool:
@@ -133,37 +134,3 @@ def _row_major(spec: TensorSpec) -> bool:
             return 0 in spec.shape
         expected *= size
     return True
-
-
-def _read_head(file: Path) -> tuple[bytes, int]:
-    with file.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        prefix = stream.read(8)
-        length = int.from_bytes(prefix, "little")
-        if length > min(MAX_HEADER, size - 8):
-            raise ValueError(f"a header of {length} bytes in a file of {size} bytes")
-        return prefix + stream.read(length), size
-
-
-def _parse_header(head: bytes) -> dict[str, dict[str, object]]:
-    try:
-        header = json.loads(head[8:])
-    except ValueError:
-        raise ValueError("the header is not JSON") from None
-    if not (isinstance(header, dict) and set(header) == {"__metadata__", "data"} and isinstance(header["__metadata__"], dict)):
-        raise ValueError("the header does not describe one value")
-    return header
-
-
-def _spec_from(metadata: Mapping[str, object]) -> TensorSpec:
-    shape, stride = metadata.get("shape"), metadata.get("stride")
-    if not (isinstance(shape, str) and isinstance(stride, str)):
-        raise ValueError("the header has no shape or no stride")
-    return spec_from(metadata.get("dtype"), json.loads(shape), json.loads(stride))
-
-
-def _check_header(header: Mapping[str, object], key: str, spec: TensorSpec) -> None:
-    if header["__metadata__"] != _metadata(key, spec):
-        raise ValueError("the metadata does not match its checksum or version")
-    if header["data"] not in (_plain_entry(spec), _raw_entry(spec)):
-        raise ValueError("the tensor entry does not match the metadata")

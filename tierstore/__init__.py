@@ -9,6 +9,7 @@ from tierstore.errors import (
     MissingKeyError,
     ModelError,
     SizeError,
+    StorageError,
     TierStoreError,
     UnsupportedTensorError,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Policy",
     "SizeError",
     "Stats",
+    "StorageError",
     "TensorSpec",
     "Tier",
     "TierStats",

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tierstore.open_file import OpenFile
+from tierstore.checksum import Proof
+from tierstore.open_file import Readable
 from tierstore.spec import TensorSpec
 
 
@@ -72,13 +73,15 @@ class MappedBackend(Backend):
 class FileExtent:
     """The bytes of one value in a file: `nbytes` from `offset` on, in the order of memory, gaps included.
 
-    `file`: the backend may have it open already, for whoever is allowed to `share` it.
+    `file`: the backend may have it open already, for whoever is allowed to `share` it. `proof`: what the bytes have to be
+    checked against before anybody uses them, piece by piece, and told that they have passed.
     """
 
     path: str
     offset: int
     nbytes: int
-    file: OpenFile | None = None
+    file: Readable | None = None
+    proof: Proof | None = None
 
 
 class FileBackend(MappedBackend):

@@ -64,6 +64,10 @@ class BudgetError(TierStoreError, MemoryError):
         return functools.partial(BudgetError, **options), (self.operation,)
 
 
+class StorageError(TierStoreError, OSError):
+    """A file system or device that refuses or fails; `errno` says how, the message what was kept and what to do."""
+
+
 class CorruptionError(TierStoreError, OSError):
     """Stored bytes that are missing or do not match their description."""
 

@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from tierstore.backend import Backend
-from tierstore.devices import compute_device, working_accelerator
-from tierstore.errors import BackendError, TierStoreError
+from tierstore.building import choose_device, memory_tier, memory_tiers
+from tierstore.errors import TierStoreError
 from tierstore.patch.attach import Attachment, refuse_attached
 from tierstore.patch.regions import Region, check_model
 from tierstore.planning.names import policy_factory
@@ -59,7 +59,7 @@ def tiered(
     models = _named(model)
     check_model(models)
     refuse_attached(models)
-    compute = _choose_device(device, gpu)
+    compute = choose_device(device, gpu)
     store = TieredStore(_tiers(compute, gpu, cpu, disk), policy)
     return Tiered(models, store, compute)
 
@@ -175,24 +175,9 @@ def _named(model: Models) -> dict[str, torch.nn.Module]:
     raise TierStoreError(f"expected a torch.nn.Module, or a list or dict of them, got {type(model).__name__}")
 
 
-def _choose_device(device: str | torch.device | None, gpu: Size | None) -> torch.device:
-    if device is None and gpu is not None and working_accelerator() is None:
-        raise BackendError('gpu= needs an accelerator, and none works here; leave gpu= out, or give device="cpu" to keep that tier in RAM')
-    return compute_device(device)
-
-
 def _tiers(device: torch.device, gpu: Size | None, cpu: Size | None, disk: Disk | None) -> list[Tier]:
     """Return the tiers that were asked for, fastest first; the first one is always memory of the compute device."""
-    gpu_size = None if gpu is None else parse_size(gpu)
-    cpu_size = None if cpu is None else parse_size(cpu)
-    device_memory = backend_class("device")
-    on_device = gpu is not None or device.type != "cpu"
-    tiers = [Tier("gpu", device_memory(device), gpu_size)] if on_device else []  # type: ignore[call-arg]
-    if cpu is not None:
-        memory = backend_class("pinned")() if on_device else device_memory("cpu")  # type: ignore[call-arg]
-        tiers.append(Tier("cpu", memory, cpu_size))
-    elif not on_device:
-        tiers.append(Tier("cpu", device_memory("cpu")))  # type: ignore[call-arg]
+    tiers = memory_tiers(device, gpu, cpu) or [memory_tier("cpu", device, None)]
     if disk is not None:
         tiers.append(_disk_tier(disk))
     return tiers

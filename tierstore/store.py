@@ -10,12 +10,15 @@ from types import TracebackType
 import torch
 
 from tierstore.backend import Backend, MemoryBackend
+from tierstore.building import choose_device, memory_tiers
+from tierstore.checksum import Verify
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, TierStoreError
 from tierstore.lease import Lease
 from tierstore.planning.names import policy_factory
 from tierstore.planning.plan import Plan
 from tierstore.planning.policy import Foresight, PolicyFactory
+from tierstore.registry import backend_class
 from tierstore.sizes import Size, parse_size
 from tierstore.spec import TensorSpec
 from tierstore.stats import Stats, TierStats
@@ -54,6 +57,26 @@ class TieredStore:
             for tier in tiers:
                 tier.backend.close()
             raise
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        gpu: Size | None = None,
+        cpu: Size | None = None,
+        device: str | torch.device | None = None,
+        policy: str | PolicyFactory = "lru",
+        verify: Verify = "first",
+    ) -> TieredStore:
+        """Open the store that lasts in the directory `path`, made if need be, below tiers of memory of the sizes given.
+
+        What is in memory only is written down when it leaves, by `flush`, and by `close`; without any size `put` returns when
+        the value is on the device, and `get` gives a private map of its file. `verify`: when stored bytes are checked.
+        """
+        compute = torch.device("cpu") if gpu is None and device is None else choose_device(device, gpu)
+        disk = backend_class("disk")(path, verify=verify)  # type: ignore[call-arg]
+        return cls([*memory_tiers(compute, gpu, cpu), Tier("disk", disk)], policy)
 
     # -- values -------------------------------------------------------------------------------------------------
 
