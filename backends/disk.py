@@ -19,15 +19,15 @@ from typing import TypeVar
 import torch
 
 from tierstore.backend import FileBackend, FileExtent
-from tierstore.backends import _upkeep
-from tierstore.backends._failures import Health, Owner, explained
-from tierstore.backends._hold import WriteHold
-from tierstore.backends._index import Index, UncertainError
-from tierstore.backends._layout import Root, open_index, read_format, read_rows
+from tierstore.backends._disk import upkeep
+from tierstore.backends._disk.failures import Health, Owner, explained
+from tierstore.backends._disk.hold import WriteHold
+from tierstore.backends._disk.index import Index, UncertainError
+from tierstore.backends._disk.layout import Root, open_index, read_format, read_rows
+from tierstore.backends._disk.reading import Blobs
+from tierstore.backends._disk.rows import Row
+from tierstore.backends._disk.writing import BlobWriter, Draft
 from tierstore.backends._lock import opening
-from tierstore.backends._reading import Blobs
-from tierstore.backends._rows import Row
-from tierstore.backends._writing import BlobWriter, Draft
 from tierstore.backends.scratch import ScratchBackend
 from tierstore.checksum import Verify, check_verify
 from tierstore.errors import BackendError, CorruptionError
@@ -77,11 +77,11 @@ class DiskBackend(FileBackend, Maintained):
 
     @classmethod
     def verify(cls, path: PathLike) -> Inspection:
-        return _upkeep.verify(Path(path).absolute(), _SYSTEM)
+        return upkeep.verify(Path(path).absolute(), _SYSTEM)
 
     @classmethod
     def repair(cls, path: PathLike) -> Inspection:
-        return _upkeep.repair(Path(path).absolute(), _SYSTEM)
+        return upkeep.repair(Path(path).absolute(), _SYSTEM)
 
     def file_of(self, key: str) -> Path:
         """Return the file that holds `key` now; raise `KeyError` if there is none."""

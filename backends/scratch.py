@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from tierstore.backend import FileBackend, FileExtent
-from tierstore.backends._failures import Owner, explained
-from tierstore.backends._reading import read_through
-from tierstore.backends._stretches import ScratchFile, Stretch
+from tierstore.backends._disk.failures import Owner, explained
+from tierstore.backends._disk.reading import read_through
+from tierstore.backends._disk.stretches import ScratchFile, Stretch
 from tierstore.checksum import Proof, Verify, check_verify, checksums
 from tierstore.errors import BackendError
 from tierstore.file_system import FileSystem

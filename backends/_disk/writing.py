@@ -11,12 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from tierstore.backends._blob import FORMAT_VERSION, encode_head
-from tierstore.backends._direct import DirectWriter, Slabs
-from tierstore.backends._failures import Health
-from tierstore.backends._layout import BLOBS, Root
+from tierstore.backends._disk.blob import FORMAT_VERSION, encode_head
+from tierstore.backends._disk.direct import DirectWriter, Slabs
+from tierstore.backends._disk.failures import Health
+from tierstore.backends._disk.layout import BLOBS, Root
+from tierstore.backends._disk.rows import Row, blob_name
 from tierstore.backends._lock import TEMPORARY
-from tierstore.backends._rows import Row, blob_name
 from tierstore.checksum import PIECE, checksum, checksums, sums_size
 from tierstore.file_system import FileSystem
 from tierstore.open_file import PAGE

@@ -7,9 +7,9 @@ import json
 import zlib
 from collections.abc import Mapping
 
-from tierstore.backends._blob import parse_head, raw_entry, spec_in, tensor_entry
+from tierstore.backends._disk.blob import parse_head, raw_entry, spec_in, tensor_entry
+from tierstore.backends._disk.rows import Row
 from tierstore.backends._lock import dtype_name, key_fields, key_from
-from tierstore.backends._rows import Row
 from tierstore.checksum import checksum
 from tierstore.spec import TensorSpec
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
+from tierstore.backends._disk.rows import Row
 from tierstore.backends._lock import dtype_name, key_fields, key_from, spec_from
-from tierstore.backends._rows import Row
 from tierstore.checksum import checksum, sums_size
 from tierstore.errors import BackendError
 from tierstore.spec import TensorSpec

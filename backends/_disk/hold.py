@@ -7,9 +7,9 @@ import weakref
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from tierstore.backends._failures import Health
-from tierstore.backends._index import Commits
-from tierstore.backends._layout import Root, give_lock, make_root, prepare, read_format, sweep, take_lock
+from tierstore.backends._disk.failures import Health
+from tierstore.backends._disk.index import Commits
+from tierstore.backends._disk.layout import Root, give_lock, make_root, prepare, read_format, sweep, take_lock
 from tierstore.file_system import FileSystem
 
 _LEAP = 1 << 20  # generations skipped at each opening, far more than a crash can leave without a commit

@@ -2,7 +2,7 @@
 
 FORMAT        {"format": "tierstore-disk", "version": 2, "store": "<32 hex>"}, written last: a directory without it is nobody's
 LOCK          locked while a store writes
-index.sqlite  see `_index`; with index.sqlite-wal and -shm while somebody has it open
+index.sqlite  see `index`; with index.sqlite-wal and -shm while somebody has it open
 COMMITS       how many commits there were
 blobs/<2 hex>/<32 hex>.safetensors
 """
@@ -18,11 +18,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tierstore.backends._blob import FORMAT_VERSION, decode_head, head_size
-from tierstore.backends._index import COMMITS, PARTS, Commits, Index, State, damaged, read_commits, write_all
+from tierstore.backends._disk.blob import FORMAT_VERSION, decode_head, head_size
+from tierstore.backends._disk.index import COMMITS, PARTS, Commits, Index, State, damaged, read_commits, write_all
+from tierstore.backends._disk.rows import BLOB_ID, SUFFIX, Row, blob_name
+from tierstore.backends._disk.version_1 import decode_head_1
 from tierstore.backends._lock import TEMPORARY
-from tierstore.backends._rows import BLOB_ID, SUFFIX, Row, blob_name
-from tierstore.backends._version_1 import decode_head_1
 from tierstore.errors import BackendError, CorruptionError
 from tierstore.file_system import FileSystem
 

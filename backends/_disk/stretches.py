@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from tierstore.backends._direct import DirectWriter, Slabs
+from tierstore.backends._disk.direct import DirectWriter, Slabs
+from tierstore.backends._disk.maps import map_range
 from tierstore.backends._intervals import Intervals
-from tierstore.backends._maps import map_range
 from tierstore.file_system import FileSystem
 from tierstore.open_file import PAGE, OpenFile
 

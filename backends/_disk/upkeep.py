@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tierstore.backends._index import COMMITS, PARTS, Commits, Index, State, read_commits
-from tierstore.backends._layout import (
+from tierstore.backends._disk.index import COMMITS, PARTS, Commits, Index, State, read_commits
+from tierstore.backends._disk.layout import (
     LOCK,
     MARKER,
     Format,
@@ -25,9 +25,9 @@ from tierstore.backends._layout import (
     take_lock,
     write_format,
 )  # fmt: skip
+from tierstore.backends._disk.reading import Blobs
+from tierstore.backends._disk.rows import Row, blob_name
 from tierstore.backends._lock import TEMPORARY, opening
-from tierstore.backends._reading import Blobs
-from tierstore.backends._rows import Row, blob_name
 from tierstore.errors import BackendError, CorruptionError
 from tierstore.file_system import FileSystem
 from tierstore.maintenance import Finding, Inspection
@@ -208,9 +208,9 @@ def _sound_index(root: Root, found: Format, scan: Scan, findings: list[Finding])
         _remake(root, found.store, scan)
         return open_index(root, found.store, writable=True)
     gone = [row for row in index.rows.values() if scan.sound.get(row.blob, (None, ""))[0] != row]
-    findings += [
-        Finding(row.key, str(root.path / row.name), "its file is damaged, missing, or of another value; forgotten") for row in gone
-    ]
+    told = {finding.key for finding in findings}
+    reason = "its file is damaged, missing, or of another value; forgotten"
+    findings += [Finding(row.key, str(root.path / row.name), reason) for row in gone if row.key not in told]
     if gone:
         index.commit([], gone)
     return index

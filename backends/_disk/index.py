@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
-from tierstore.backends._rows import Row, row_from, seal_of
+from tierstore.backends._disk.rows import Row, row_from, seal_of
 from tierstore.checksum import SUM, checksum
 from tierstore.errors import CorruptionError, StorageError
 from tierstore.file_system import FileSystem

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from tierstore.backend import FileExtent
-from tierstore.backends._files import OpenFiles
-from tierstore.backends._maps import map_range
-from tierstore.backends._rows import Row
+from tierstore.backends._disk.files import OpenFiles
+from tierstore.backends._disk.maps import map_range
+from tierstore.backends._disk.rows import Row
 from tierstore.checksum import PIECE, Proof, Verify, checksum
 from tierstore.errors import CorruptionError
 from tierstore.file_system import FileSystem
