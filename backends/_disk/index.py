@@ -25,6 +25,7 @@ from tierstore.file_system import FileSystem
 
 INDEX = "index.sqlite"
 PARTS = (INDEX, f"{INDEX}-wal", f"{INDEX}-shm")
+JOURNAL = f"{INDEX}-journal"  # only while an index is made
 COMMITS = "COMMITS"
 
 _SCHEMA = (

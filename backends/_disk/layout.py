@@ -13,13 +13,13 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tierstore.backends._disk.blob import FORMAT_VERSION, decode_head, head_size
-from tierstore.backends._disk.index import COMMITS, PARTS, Commits, Index, State, damaged, read_commits, write_all
+from tierstore.backends._disk.index import COMMITS, JOURNAL, PARTS, Commits, Index, State, damaged, read_commits, write_all
 from tierstore.backends._disk.rows import BLOB_ID, SUFFIX, Row, blob_name
 from tierstore.backends._disk.version_1 import decode_head_1
 from tierstore.backends._lock import TEMPORARY
@@ -179,7 +179,7 @@ def write_format(root: Root, store: str) -> None:
 
 def _refuse_foreign(root: Root) -> None:
     """Raise unless a directory without FORMAT is empty, or what a crash at its first opening leaves."""
-    ours = {LOCK, COMMITS, *PARTS, f"{PARTS[0]}-journal"}
+    ours = {LOCK, COMMITS, *PARTS, JOURNAL}
     foreign = sorted(name for name in root.system.names(root.descriptor) if name not in ours and not name.startswith(TEMPORARY))
     if foreign:
         raise BackendError(
@@ -249,18 +249,23 @@ def _found(root: Root) -> str:
 
     FORMAT comes last: until it is there, a crash leaves a directory that is new, or in version 1, as before.
     """
-    for name in (*PARTS, f"{PARTS[0]}-journal", COMMITS):
-        root.remove(name)
     state = State(secrets.token_hex(16))
-    Index.create(root.path / PARTS[0], root.system, state, read_rows(root))
+    new_index(root, state, read_rows(root))
+    write_format(root, state.store)
+    return state.store
+
+
+def new_index(root: Root, state: State, rows: Iterable[Row]) -> None:
+    """Write an index with these rows in the place of whatever is there, and how many commits it has."""
+    for name in (*PARTS, JOURNAL, COMMITS):
+        root.remove(name)
+    Index.create(root.path / PARTS[0], root.system, state, rows)
     commits = Commits(root.system, root.descriptor)
     try:
         commits.write(state, sync=True)
     finally:
         commits.close()
     root.sync()
-    write_format(root, state.store)
-    return state.store
 
 
 def sweep(root: Root, rows: dict[str, Row]) -> None:

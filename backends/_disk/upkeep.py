@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tierstore.backends._disk.index import COMMITS, PARTS, Commits, Index, State, read_commits
+from tierstore.backends._disk.index import COMMITS, Index, State, read_commits
 from tierstore.backends._disk.layout import (
     LOCK,
     MARKER,
@@ -18,6 +17,7 @@ from tierstore.backends._disk.layout import (
     Root,
     VersionError,
     give_lock,
+    new_index,
     open_index,
     prepare,
     read_format,
@@ -27,7 +27,7 @@ from tierstore.backends._disk.layout import (
 )  # fmt: skip
 from tierstore.backends._disk.reading import Blobs
 from tierstore.backends._disk.rows import Row, blob_name
-from tierstore.backends._lock import TEMPORARY, opening
+from tierstore.backends._lock import opening
 from tierstore.errors import BackendError, CorruptionError
 from tierstore.file_system import FileSystem
 from tierstore.maintenance import Finding, Inspection
@@ -217,24 +217,13 @@ def _sound_index(root: Root, found: Format, scan: Scan, findings: list[Finding])
 
 
 def _remake(root: Root, store: str, scan: Scan) -> None:
-    """Write a new index beside the old one and put it in its place; cut short, that leaves an index that is still damaged."""
+    """Write a new index in the place of one that is damaged; cut short, that leaves one that is still damaged."""
     rows = scan.newest(store)
     generation = max((row.generation for row in rows.values()), default=0) + _LEAP
     counted = 0
     with suppress(FileNotFoundError):
         counted = read_commits(root.read_start(COMMITS, 64)[0], store)
-    state = State(store, generation, counted + 1)
-    name = f"{TEMPORARY}{secrets.token_hex(8)}"
-    Index.create(root.path / name, root.system, state, rows.values())
-    for part in PARTS[1:]:
-        root.remove(part)
-    root.system.rename(root.descriptor, name, PARTS[0])
-    root.sync()
-    commits = Commits(root.system, root.descriptor)
-    try:
-        commits.write(state, sync=True)
-    finally:
-        commits.close()
+    new_index(root, State(store, generation, counted + 1), rows.values())
 
 
 def _set_aside(root: Root, blob: str) -> str:
