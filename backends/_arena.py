@@ -25,7 +25,7 @@ import torch
 from tierstore.backends._intervals import Intervals
 
 PAGE = max(4096, mmap.PAGESIZE)  # bytes; direct I/O needs addresses of this alignment
-_HUGE = 2 << 20  # bytes
+HUGE = 2 << 20  # bytes
 _STEP = 1 << 30  # bytes of address space to ask for at least; without a page touched they cost nothing
 
 _FLAGS = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)  # without them the map is shared: no huge pages
@@ -42,8 +42,8 @@ class Arena:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ranges = Intervals(grain=_HUGE)
-        self._regions: list[_Region] = []
+        self._ranges = Intervals(grain=HUGE)
+        self._regions: list[Region] = []
         self._returned: deque[int] = deque()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -60,6 +60,13 @@ class Arena:
             self._cool()
         return torch.from_numpy(token)
 
+    def limit(self, nbytes: int) -> None:
+        """Let what is live and what is kept for later be `nbytes` at most, or as much as is live."""
+        with self._lock:
+            self._collect()
+            self._ranges.peak = max(nbytes, self._ranges.live)
+            self._cool()
+
     def trim(self) -> None:
         """Give all free memory back to the system, and allow only as much as is live now until more is."""
         with self._lock:
@@ -67,6 +74,11 @@ class Arena:
             self._ranges.peak = self._ranges.live
             self._cool()
             self._regions = [region for region in self._regions if not self._ranges.remove(region.start, region.stop)]
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes that are live, or were when it was last looked at."""
+        return self._ranges.live
 
     @property
     def held_bytes(self) -> int:
@@ -81,7 +93,7 @@ class Arena:
         start = self._ranges.take(nbytes)
         if start is None:
             # doubling: few maps, and none that is far larger than what the machine can be expected to grant
-            region = _Region.map(nbytes, max(_STEP, sum(region.stop - region.start for region in self._regions)))
+            region = Region.map(nbytes, max(_STEP, sum(region.stop - region.start for region in self._regions)))
             self._regions.append(region)
             self._ranges.add(region.start, region.stop)
             start = self._ranges.take(nbytes)
@@ -92,12 +104,12 @@ class Arena:
         for start, stop in self._ranges.cool():
             self._region_at(start).discard(start, stop)
 
-    def _region_at(self, address: int) -> _Region:
+    def _region_at(self, address: int) -> Region:
         return next(region for region in self._regions if region.start <= address < region.stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Region:
+class Region:
     """One anonymous private map; `start` to `stop` are the addresses in use, whole huge pages with a gap to any other region."""
 
     memory: mmap.mmap
@@ -106,12 +118,12 @@ class _Region:
     stop: int
 
     @classmethod
-    def map(cls, nbytes: int, wished: int) -> _Region:
+    def map(cls, nbytes: int, wished: int) -> Region:
         """Map `wished` bytes, or as few as hold `nbytes` where the system refuses more; raise `MemoryError` if it refuses these too."""
-        needed = -(-nbytes // _HUGE) * _HUGE
-        size = max(needed, wished // _HUGE * _HUGE)
+        needed = -(-nbytes // HUGE) * HUGE
+        size = max(needed, wished // HUGE * HUGE)
         try:
-            memory = mmap.mmap(-1, size + _HUGE, flags=_FLAGS)
+            memory = mmap.mmap(-1, size + HUGE, flags=_FLAGS)
         except OSError as error:
             if size == needed:
                 raise MemoryError(f"the system refuses {nbytes} bytes of memory: {error}") from error
@@ -120,7 +132,7 @@ class _Region:
             with suppress(OSError):  # a kernel built without huge pages; ordinary ones are only slower
                 memory.madvise(_HUGE_PAGES)
         base = np.frombuffer(memory, np.uint8, 1).ctypes.data
-        start = -(-base // _HUGE) * _HUGE
+        start = -(-base // HUGE) * HUGE
         return cls(memory, base, start, start + size)
 
     def array(self, start: int, nbytes: int) -> npt.NDArray[np.uint8]:
@@ -133,7 +145,7 @@ class _Region:
             self.memory.madvise(_DISCARD, start - self.base, stop - start)
 
 
-def _note_end(listener: weakref.ref[deque[int]], region: _Region, start: int, nbytes: int) -> None:
+def _note_end(listener: weakref.ref[deque[int]], region: Region, start: int, nbytes: int) -> None:
     """Tell the arena that a storage has died; if it has died too, nobody will use the memory again.
 
     Takes no lock and allocates little: this runs in any thread at any moment, also inside the garbage collector.

@@ -12,7 +12,6 @@ import torch
 
 from tierstore.backend import FileBackend, FileExtent
 from tierstore.backends._disk.failures import Owner, explained
-from tierstore.backends._disk.reading import read_through
 from tierstore.backends._disk.stretches import ScratchFile, Stretch
 from tierstore.checksum import Proof, Verify, check_verify, checksums
 from tierstore.errors import BackendError
@@ -65,8 +64,7 @@ class ScratchBackend(FileBackend):
         extent = self.extent(key)
         value = self._values[key]
         with explained(f"reading {key!r}", self.folder):
-            if extent.proof is not None:
-                read_through(value.stretch, extent)
+            extent.prove(value.stretch)
             # inference mode would mark the memory as an inference tensor, which autograd refuses to save
             with torch.inference_mode(False), torch.no_grad():
                 return typed_view(value.stretch.map(), value.spec)
@@ -75,7 +73,7 @@ class ScratchBackend(FileBackend):
         self._owner.check()
         value = self._values[key]
         place = f"{self.folder} (scratch)"
-        proof = Proof(value.sums, key, place, _nothing) if self._always else None
+        proof = Proof(value.sums, value.spec.nbytes, key, place, _nothing) if self._always else None
         return FileExtent(place, value.stretch.start, value.spec.nbytes, value.stretch, proof)
 
     def delete(self, key: str) -> None:

@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from caps import Cap, Cgroup, make_cap
 from offload_contenders import CONTENDERS, Task
@@ -31,13 +31,30 @@ class Fate(Exception):  # noqa: N818  not an error of ours: it becomes a cell of
         self.short, self.story = short, story
 
 
-class Child:
-    """One child process under `cap`, which it closes. Between `ask`s it is stopped by a signal: it can neither read ahead nor compute."""
+class Errand(Protocol):
+    """What a child is told."""
 
-    def __init__(self, task: Task, cap: Cap) -> None:
+    @property
+    def contender(self) -> str: ...
+    @property
+    def place(self) -> str: ...
+    def dumps(self) -> str:
+        """Return it as text for a command line."""
+        ...
+
+
+class Child:
+    """One child process under `cap`, which it closes. Between `ask`s it is stopped by a signal: it can neither read ahead nor compute.
+
+    Subclasses may run another `program`, which speaks the same way, and say otherwise what a kill by the kernel means.
+    """
+
+    program, patience, killed = CHILD, ANSWER_SECONDS, "killed by the kernel: out of memory under the cap"
+
+    def __init__(self, task: Errand, cap: Cap) -> None:
         self.cap = cap
         self._errors = Path(task.place, f"{task.contender}.errors")
-        command = ["sh", "-c", f'{cap.prelude} && exec "$@"', "sh", sys.executable, str(CHILD), task.dumps()]
+        command = ["sh", "-c", f'{cap.prelude} && exec "$@"', "sh", sys.executable, str(self.program), task.dumps()]
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
         self._unread = b""
@@ -66,7 +83,7 @@ class Child:
 
     def _read_line(self) -> bytes:
         assert self._process.stdout is not None
-        source, until = self._process.stdout.fileno(), time.monotonic() + ANSWER_SECONDS
+        source, until = self._process.stdout.fileno(), time.monotonic() + self.patience
         while b"\n" not in self._unread:
             if select.select([source], [], [], SAMPLE_SECONDS)[0]:
                 piece = os.read(source, 1 << 16)
@@ -77,7 +94,7 @@ class Child:
                 self.cap.sample(self._process.pid)
             if time.monotonic() > until:
                 self._process.kill()
-                raise Fate("too slow", f"no answer within {ANSWER_SECONDS:.0f} s")
+                raise Fate("too slow", f"no answer within {self.patience:.0f} s")
         line, _, self._unread = self._unread.partition(b"\n")
         return line
 
@@ -85,7 +102,7 @@ class Child:
         self._process.send_signal(signal.SIGCONT)
         code = self._process.wait(60)
         if code == -signal.SIGKILL:
-            return Fate("killed", "killed by the kernel: out of memory under the cap")
+            return Fate("killed", self.killed)
         words = next((line for line in reversed(self._errors.read_text().splitlines()) if line.strip()), "no message")
         return Fate("died", f"exit status {code}: {words[:200]}")
 

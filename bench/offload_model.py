@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,23 @@ from torch.nn import functional
 
 DTYPE = torch.bfloat16
 HEAD_WIDTH, HEADS_PER_KEY, EPSILON, ROTATION_BASE = 64, 8, 1e-5, 10000.0
+
+
+class Sizes(Protocol):
+    """What `Decoder` has to know of its shape."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def head_width(self) -> int: ...
+    @property
+    def key_heads(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,10 @@ class Shape:
     @property
     def vocabulary(self) -> int:
         return self.width * 16
+
+    @property
+    def head_width(self) -> int:
+        return HEAD_WIDTH
 
     @property
     def heads(self) -> int:
@@ -102,21 +124,22 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Sizes) -> None:
         super().__init__()
-        keys = shape.key_heads * HEAD_WIDTH
+        self.head_width = shape.head_width
+        keys = shape.key_heads * shape.head_width
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(shape.width, to, bias=False) for to in (shape.width, keys, keys))
         self.o_proj = nn.Linear(shape.width, shape.width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (part(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
         causal = x.shape[1] > 1
         y = functional.scaled_dot_product_attention(rotated(q, cos, sin), rotated(k, cos, sin), v, is_causal=causal, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class Gated(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Sizes) -> None:
         super().__init__()
         self.gate_proj, self.up_proj = (nn.Linear(shape.width, shape.hidden, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(shape.hidden, shape.width, bias=False)
@@ -126,7 +149,7 @@ class Gated(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Sizes) -> None:
         super().__init__()
         self.self_attn, self.mlp = Attention(shape), Gated(shape)
         self.input_layernorm, self.post_attention_layernorm = Norm(shape.width), Norm(shape.width)
@@ -137,15 +160,16 @@ class Block(nn.Module):
 
 
 class Body(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Sizes) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocabulary, shape.width)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = Norm(shape.width)
+        self.head_width = shape.head_width
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed_tokens(ids)
-        cos, sin = rotation(ids.shape[1], x.dtype)
+        cos, sin = rotation(ids.shape[1], self.head_width, x)
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.norm(x)
@@ -154,7 +178,7 @@ class Body(nn.Module):
 class Decoder(nn.Module):
     """Ids of shape (1, tokens) to logits of shape (1, tokens, vocabulary)."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Sizes) -> None:
         super().__init__()
         self.model = Body(shape)
         self.lm_head = nn.Linear(shape.width, shape.vocabulary, bias=False)
@@ -163,11 +187,12 @@ class Decoder(nn.Module):
         return self.lm_head(self.model(ids))
 
 
-def rotation(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    steps = 1.0 / ROTATION_BASE ** (torch.arange(0, HEAD_WIDTH, 2, dtype=torch.float) / HEAD_WIDTH)
-    angles = torch.arange(tokens)[None, :, None].float() * steps
+def rotation(tokens: int, head_width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of all positions, of the device and dtype of `like`."""
+    steps = 1.0 / ROTATION_BASE ** (torch.arange(0, head_width, 2, dtype=torch.float, device=like.device) / head_width)
+    angles = torch.arange(tokens, device=like.device)[None, :, None].float() * steps
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+    return angles.cos().to(like.dtype)[:, None], angles.sin().to(like.dtype)[:, None]
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,12 +1,20 @@
-"""Fixtures for all tests: nothing may be left behind."""
+"""Fixtures for all tests: small stores, and a look whether anything was left behind."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.rigs import MakeRig, Rig, Slow
+from tierstore.backend import Backend
+from tierstore.registry import open_backend
+from tierstore.store import TieredStore
+from tierstore.testing import Faults, wrap
+from tierstore.testing.faults import Interference
+from tierstore.tier import Tier
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +33,23 @@ def scratch(tmp_path: Path) -> Iterator[Path]:
     yield place
     left = [path for path in place.rglob("*") if path.is_file() and not path.name.startswith(".")]
     assert not left, f"files left behind: {left}"
+
+
+@pytest.fixture
+def rig() -> Iterator[MakeRig]:
+    """Make rigs: `rig(100, 200, None)`; the last tier is a `Slow`, the others are memory."""
+    stores: list[TieredStore] = []
+
+    def make(*budgets: int | None, hook: Callable[[], Interference] = Faults, slow: Backend | None = None) -> Rig:
+        memories = [open_backend("device", "cpu") for _ in budgets[1:]]
+        last = slow or (Slow() if len(budgets) > 1 else open_backend("device", "cpu"))
+        hooks = [hook() for _ in budgets]
+        names = ("fast", "mid", "slow")[: len(budgets)] if len(budgets) != 2 else ("fast", "slow")
+        tiers = [Tier(*parts) for parts in zip(names, map(wrap, [*memories, last], hooks), budgets, strict=True)]
+        store = TieredStore(tiers)
+        stores.append(store)
+        return Rig(store, hooks, last)
+
+    yield make
+    for store in stores:
+        store.close(flush=False)

@@ -151,7 +151,7 @@ def test_a_range_ends_where_warm_bytes_end_if_that_saves_cold_ones() -> None:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def regions(arena: Arena) -> list[_arena._Region]:
+def regions(arena: Arena) -> list[_arena.Region]:
     return arena._regions
 
 
@@ -357,7 +357,7 @@ def test_a_storage_may_die_while_the_arena_is_locked() -> None:
 def test_a_backend_allocates_every_dtype_and_layout(make: Callable[[], DeviceBackend]) -> None:
     backend = make()
     with torch.inference_mode():
-        allocated = {name: backend.allocate(TensorSpec.of(tensor)) for name, tensor in all_samples().items()}
+        allocated = {name: backend.allocate(name, TensorSpec.of(tensor)) for name, tensor in all_samples().items()}
     for name, tensor in all_samples().items():
         assert TensorSpec.of(allocated[name]) == TensorSpec.of(tensor)
         assert not allocated[name].is_inference()

@@ -16,7 +16,7 @@ LAYERS = (
     {"errors", "sizes", "spec", "devices", "shield", "file_system", "checksum", "open_file"},
     {"backend", "registry", "maintenance"},
     {"ledger", "planning"},
-    {"entry", "tier", "building", "stats", "timeline", "transfer"},
+    {"entry", "tier", "building", "stats", "timeline", "picture", "transfer"},
     {"residency", "flights", "leasing", "writing", "lease"},
     {"store"},
     {"report"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -11,12 +12,14 @@ from hypothesis import strategies as st
 from tests.traces import RECORDED
 from tierstore.errors import BudgetError
 from tierstore.planning.classic import LRU
+from tierstore.planning.cycle import Cycle
 from tierstore.planning.frequency import TinyLFU
+from tierstore.planning.lane import Lane
 from tierstore.planning.offline import Belady, lower_bound
-from tierstore.planning.plan import plan, ring_for
-from tierstore.planning.planned import Lane, Schedule
+from tierstore.planning.plan import plan
 from tierstore.planning.predictor import Predictor
 from tierstore.planning.replay import Simulation, replay
+from tierstore.planning.schedule import Schedule
 from tierstore.testing import check_policy
 
 MODELS = [name for name in RECORDED if name != "mixture"]
@@ -25,8 +28,8 @@ MODELS = [name for name in RECORDED if name != "mixture"]
 def auto(capacity: int) -> Lane:
     """Return the policy "auto" for the fast one of two tiers."""
     schedule = Schedule(fixed_bytes=0)
-    lane = schedule.lane()
-    schedule.lane()
+    lane = Lane(schedule)
+    Lane(schedule)
     lane.budget(capacity)
     return lane
 
@@ -183,10 +186,34 @@ def make_room(lane: Lane, present: dict[str, int], needed: set[str]) -> None:
 
 
 def test_a_ring_holds_neighbours() -> None:
-    accesses = [(key, 1.0) for key in "abcd"]
-    assert ring_for(accesses, {"a": 1, "b": 2, "c": 9, "d": 4}, ()) == 13
-    assert ring_for(accesses, {"a": 1, "b": 2, "c": 9, "d": 4}, {"c"}) == 6
-    assert ring_for(accesses, {"a": 5, "b": 2, "c": 9, "d": 4}, set("abcd")) == 0
+    def cycle(*sizes: int, together: dict[str, str] | None = None) -> Cycle:
+        return Cycle("abcd", [1.0] * 4, dict(zip("abcd", sizes, strict=True)), together or {})
+
+    assert cycle(1, 2, 9, 4).ring(()) == 13
+    assert cycle(1, 2, 9, 4).ring({"c"}) == 6
+    assert cycle(5, 2, 9, 4).ring(set("abcd")) == 0
+    assert cycle(1, 2, 9, 4).ring((), slots=1) == 9
+    assert cycle(1, 2, 9, 4).ring((), slots=3) == 15
+    assert cycle(1, 2, 9, 4, together={"a": "a", "b": "a", "c": "a"}).ring(()) == 16, "what is used at once, and the next one"
+    assert cycle(1, 2, 9, 4, together={"a": "a", "b": "a", "c": "a"}).ring({"c"}) == 7
+
+
+def test_two_neighbours_too_large_for_a_ring_leave_room_for_others() -> None:
+    """Then nothing is fetched beside them, but the rest of the tier is not left empty."""
+    sizes = {"table": 50, "head": 50} | {f"b{i}": 5 for i in range(20)}
+    made = plan(list(sizes), sizes, [80, None])
+    assert sum(sizes[key] for key, level in made.rest.items() if level == 0) == 30
+
+
+def test_time_that_no_ring_can_use_counts_for_nothing() -> None:
+    """After a long computation no more can be there than the ring holds: what streams is spread over the other accesses."""
+    sizes = {f"b{i}": 10 for i in range(40)}
+    durations = [1.0] * 39 + [1000.0]
+    made = plan(list(sizes), sizes, [220, None], durations)
+    streamed = [i for i, key in enumerate(sizes) if made.rest[key] == 1]
+    gaps = [b - a for a, b in pairwise(streamed)]
+    assert len(streamed) == 20
+    assert max(gaps) <= 4
 
 
 class TestPredictor:

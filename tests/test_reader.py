@@ -254,7 +254,7 @@ def test_every_value_of_a_disk_store_arrives_in_memory_of_the_fast_tier(tmp_path
     samples = all_samples() | {f"large {number}": torch.randn(700 + number, 1000) for number in range(3)}
     for key, tensor in samples.items():
         slow.put(key, tensor)
-        fast.adopt(key, fast.allocate(TensorSpec.of(tensor)))
+        fast.adopt(key, fast.allocate(key, TensorSpec.of(tensor)))
         reader.submit(slow.extent(key), raw_bytes(fast.get(key)), results.done(key))
     reader.close()
     assert results.errors == dict.fromkeys(samples)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
-from tierstore import Tiered, tiered
+from tierstore import Tiered, TierStoreError, tiered
 
 
 def stack(layers: int = 12) -> nn.Sequential:
@@ -69,3 +72,25 @@ def test_the_timeline_has_every_copy_and_the_bytes_in_each_tier(scratch: Path, t
     assert counts
     assert all(set(count) == {"cpu", "disk"} and count["cpu"] <= stats.tiers["cpu"].peak_bytes for count in counts)
     assert any(event["tid"] == "stalls" for event in events if event["ph"] == "X")
+
+
+def test_a_picture_shows_when_each_weight_was_there(scratch: Path, tmp_path: Path) -> None:
+    model = stack()
+    with tiered(model, cpu="2MiB", disk=scratch) as session:
+        run(session, model, 3)
+        session.store.moves.settle()
+        session.timeline(tmp_path / "run.png")
+        stays = session.store.moves.timeline.stays(0)
+        here = {key for key, entry in session.store.moves.entries.items() if entry.resident}
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert {key for key in stays if key.endswith("weight")} == {f"{i}.weight" for i in range(12)}
+    assert all(start <= end for spans in stays.values() for start, end in spans)
+    assert all(a[1] <= b[0] for spans in stays.values() for a, b in pairwise(spans)), "nobody is there twice"
+    assert here <= stays.keys()
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with tiered(stack(), cpu="2MiB", disk=scratch) as session, pytest.raises(TierStoreError, match=r"tierstore\[plot\]"):
+        session.timeline(tmp_path / "run.png")
+    assert not (tmp_path / "run.png").exists()

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tierstore.leasing import Leasing
-from tierstore.planning.planned import Schedule
+from tierstore.planning.lane import Lane
+from tierstore.planning.schedule import Schedule
 from tierstore.registry import open_backend
 from tierstore.store import TieredStore
 from tierstore.testing import DictBackend, InjectedError
@@ -33,7 +34,7 @@ class Auto:
         self.schedule = Schedule(fixed_bytes=0)
 
     def __call__(self) -> Any:
-        return self.schedule.lane()
+        return Lane(self.schedule)
 
 
 @dataclass

@@ -7,8 +7,8 @@ once for the same key.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -56,11 +56,46 @@ class MemoryBackend(Backend):
         """Store `tensor` itself, without a copy; the caller gives up ownership. It must lie on `device`."""
 
     @abstractmethod
-    def allocate(self, spec: TensorSpec) -> torch.Tensor:
-        """Return uninitialised memory of `spec` on `device`, for the caller to fill and hand to `adopt`, or to forget."""
+    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
+        """Return uninitialised memory of `spec` on `device`, for the caller to fill and hand to `adopt` as `key`, or to forget."""
 
     def trim(self) -> None:
         """Give memory that was kept for later back to the system; the store calls it when a budget shrinks."""
+
+
+class DivisibleBackend(MemoryBackend):
+    """Memory in which a value may lie in pieces, each under a key of its own, which come and go by themselves.
+
+    Divided values make rings small: what streams need not be as large as what is computed with.
+    """
+
+    piece_bytes: int
+
+    @abstractmethod
+    def divides(self, nbytes: int) -> bool:
+        """True if a value of `nbytes` should lie in pieces of `piece_bytes`, of which the last, or the only one, may be smaller."""
+
+    @abstractmethod
+    def reserve(self, nbytes: int) -> torch.Tensor:
+        """Return a uint8 tensor of `nbytes` that has addresses but takes no memory; it must not be touched where nothing is."""
+
+    @abstractmethod
+    def place(self, memory: torch.Tensor, pieces: Mapping[str, int]) -> None:
+        """Let what is stored under these keys lie in `memory`, which `reserve` made, one after the other, whenever it is here.
+
+        `pieces`: bytes of each.
+        """
+
+    @abstractmethod
+    def release(self, keys: Iterable[str]) -> None:
+        """Forget where the values of `keys`, none of which is here, had their places."""
+
+    @abstractmethod
+    def complete(self, memory: torch.Tensor, parts: Mapping[int, FileExtent | torch.Tensor]) -> None:
+        """Put what is missing into `memory`, by the byte at which it starts, for good: no piece may go or come any more.
+
+        Parts of files become private maps, which take no memory until they are touched; uint8 tensors are copied.
+        """
 
 
 class MappedBackend(Backend):
@@ -74,7 +109,7 @@ class FileExtent:
     """The bytes of one value in a file: `nbytes` from `offset` on, in the order of memory, gaps included.
 
     `file`: the backend may have it open already, for whoever is allowed to `share` it. `proof`: what the bytes have to be
-    checked against before anybody uses them, piece by piece, and told that they have passed.
+    checked against before anybody uses them, piece by piece. `start`: the byte of the value at which this part of it begins.
     """
 
     path: str
@@ -82,6 +117,25 @@ class FileExtent:
     nbytes: int
     file: Readable | None = None
     proof: Proof | None = None
+    start: int = 0
+
+    def part(self, start: int, nbytes: int) -> FileExtent:
+        """Return a part of it; one that will be checked begins where a piece does, and is one, or several."""
+        return replace(self, offset=self.offset + start, nbytes=nbytes, start=self.start + start)
+
+    def check(self, start: int, data: memoryview) -> None:
+        """Raise `CorruptionError` if `data`, which was read from `start` of this extent on, is a piece with another checksum."""
+        if self.proof is not None:
+            self.proof.check(self.start + start, data)
+
+    def prove(self, file: Readable, parts: Iterable[tuple[int, int]] | None = None) -> None:
+        """Read those pieces of the value from `file` that have to be checked and have not been, and check them.
+
+        `parts`: where in this extent the bytes lie that are needed, and how many; all of the value if not given.
+        """
+        if self.proof is not None:
+            shifted = None if parts is None else [(self.start + start, count) for start, count in parts]
+            self.proof.prove(file, self.offset - self.start, shifted)
 
 
 class FileBackend(MappedBackend):

@@ -1,16 +1,26 @@
-"""Checksums of stored bytes: one xxh3-128 for each piece, so that pieces are checked by the threads that read them."""
+"""Checksums of stored bytes: one xxh3-128 for each piece, so that pieces are checked by the threads that read them.
+
+[Note: reading a part]
+Whoever needs some rows of a large value, or a part of it, has the pieces in which they lie checked first, unless they have
+been: that reads 8 MiB for a row once, and every later read of that piece is as large as the row. So nothing is handed out
+unchecked that a read of the whole value would have checked.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import mmap
+from collections.abc import Callable, Iterable
 from typing import Literal, get_args
 
 import xxhash
 
 from tierstore.errors import CorruptionError
+from tierstore.open_file import Readable
 
 PIECE = 8 << 20  # bytes; part of the disk format, and what one read request takes
 SUM = 16  # bytes of one checksum
+
+_FLAGS = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
 
 Verify = Literal["first", "always", "never"]
 """When stored bytes are checked: when they are first read after opening, at every read, or not.
@@ -41,19 +51,40 @@ def sums_size(nbytes: int) -> int:
 
 
 class Proof:
-    """What the bytes of one value must hash to; `check` may be called from several threads for different pieces.
+    """What the `nbytes` of one value must hash to, and which of its pieces have been found right; for several threads.
 
-    `key` and `file` are what errors name. `passed` is to be called once all pieces were found right.
+    `key` and `file` are what errors name. `passed` is called when the last piece was found right.
     """
 
-    def __init__(self, sums: bytes, key: str, file: str, passed: Callable[[], None]) -> None:
+    def __init__(self, sums: bytes, nbytes: int, key: str, file: str, passed: Callable[[], None]) -> None:
         self._sums = sums
+        self._nbytes = nbytes
         self._key = key
         self._file = file
-        self.passed = passed
+        self._passed = passed
+        self._unchecked = set(range(0, nbytes, PIECE))
 
     def check(self, start: int, data: memoryview) -> None:
         """Raise `CorruptionError` unless `data` is the piece that begins at `start`."""
         place = start // PIECE * SUM
         if checksum(data) != self._sums[place : place + SUM]:
             raise CorruptionError(self._key, self._file, f"bytes {start} to {start + len(data)} of the value do not match their checksum")
+        self._unchecked.discard(start)
+        if not self._unchecked:
+            self._passed()
+
+    def prove(self, file: Readable, offset: int, parts: Iterable[tuple[int, int]] | None = None) -> None:
+        """Read and check those pieces that have not been, of a value that begins at `offset` in `file`.
+
+        `parts`: where in the value the bytes lie that are needed, and how many; all of it if not given.
+        """
+        wanted = [(0, self._nbytes)] if parts is None else parts
+        starts = {piece for start, count in wanted for piece in range(start - start % PIECE, start + count, PIECE)}
+        pieces = sorted(starts & self._unchecked)
+        if not pieces:
+            return
+        slab = memoryview(mmap.mmap(-1, min(self._nbytes, PIECE), flags=_FLAGS))
+        for start in pieces:
+            piece = slab[: min(PIECE, self._nbytes - start)]
+            file.read(piece, offset + start)
+            self.check(start, piece)

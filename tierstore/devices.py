@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from tierstore.errors import BackendError
@@ -29,6 +32,17 @@ def compute_device(device: str | torch.device | None) -> torch.device:
     if place.type == "meta":
         raise BackendError('the meta device holds no data and cannot compute; give device="cpu" or a device that works')
     return place
+
+
+def allocated_bytes(device: torch.device) -> Callable[[], int] | None:
+    """Return what tells the bytes that tensors on `device` take; None for the CPU, whose memory torch does not count."""
+    return None if device.type == "cpu" else partial(torch.accelerator.memory_allocated, device)
+
+
+def release_cached(device: torch.device) -> None:
+    """Give memory of `device` that torch keeps for later back to it."""
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
 
 
 def names_device(name: str | torch.device | int, device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -10,13 +11,26 @@ from tierstore.spec import TensorSpec
 
 
 class Handout(Protocol):
-    """What readers may take of a resident value without a lease, made by a user of the store."""
+    """What readers may take of resident `entries` without a lease, made by a user of the store."""
+
+    @property
+    def entries(self) -> Sequence[Entry]: ...
 
     def withdraw(self) -> bool:
         """Let no new reader have it; False, with all as before, if one who has it is not done yet."""
 
     def forget(self) -> None:
         """Let no new reader have it, whoever has it."""
+
+
+class Guard(Protocol):
+    """Knows of a value that several entries are pieces of: its memory is used as a whole, past the store."""
+
+    def used(self) -> bool:
+        """True while somebody may still use the whole."""
+
+    def writes(self) -> int:
+        """Return torch's count of writes to the whole."""
 
 
 class Ready(Protocol):
@@ -44,12 +58,13 @@ class Entry:
     `seen`: torch's own count of writes to `tensor` as far as `version` knows of them.
     `ready`: what a computation waits for before it reads `tensor`, while that may still be filled on the device.
     `read_below`: copies under way that read the bytes in slower levels, which may not leave before.
+    `guard`: of the whole of which this is a piece; None for what is whole itself.
     `handout`: what readers take of `tensor` without a lease; `shown`: it was read in this stay in level 0.
     """
 
     __slots__ = (
-        "busy", "handout", "key", "leases", "looked_up", "nbytes", "read_below", "ready", "seen", "shown", "spec", "tensor", "tiers",
-        "version",
+        "busy", "guard", "handout", "key", "leases", "looked_up", "nbytes", "read_below", "ready", "seen", "shown", "spec", "tensor",
+        "tiers", "version",
     )  # fmt: skip
 
     def __init__(self, key: str, spec: TensorSpec) -> None:
@@ -60,6 +75,7 @@ class Entry:
         self.version = 0
         self.tensor: torch.Tensor | None = None
         self.looked_up: bool | None = None
+        self.guard: Guard | None = None
         self.ready: Ready | None = None
         self.read_below = 0
         self.seen = 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 from tierstore.entry import Entry, Ready
+from tierstore.errors import TierStoreError
 from tierstore.planning.policy import Foresight
 from tierstore.residency import Residency
 from tierstore.shield import shielded
@@ -19,7 +21,7 @@ _MUCH = 32 << 20  # bytes in flight into one tier that keep a link busy; beyond 
 class Flight:
     """A copy on its way into a tier. Once `done`, its value can be used, or `error` says what went wrong."""
 
-    __slots__ = ("arrived", "done", "entry", "error", "nbytes", "outdated", "source", "started", "target", "version")
+    __slots__ = ("arrived", "begun", "done", "entry", "error", "nbytes", "outdated", "source", "started", "target", "version")
 
     def __init__(self, entry: Entry, source: int, target: int, outdated: int | None, started: float) -> None:
         self.entry = entry
@@ -29,6 +31,7 @@ class Flight:
         self.nbytes = entry.nbytes
         self.started = started
         self.outdated = outdated  # bytes of the stale copy that this one replaces
+        self.begun = False  # the engine has returned to whoever started it
         self.arrived = False  # done before the copy has ended
         self.done = False
         self.error: BaseException | None = None
@@ -39,22 +42,21 @@ class Flights(Residency):
 
     def __init__(self, tiers: Sequence[Tier], engine: Engine) -> None:
         super().__init__(tiers, engine)
-        self._flights = [0] * len(self.tiers)
+        self._flights = [0] * len(self.tiers)  # whose value cannot be used yet
         self._flying = [0] * len(self.tiers)  # bytes
+        self._ending = 0  # copies whose value can be used before they have ended
         self._failed: dict[str, BaseException] = {}  # by key; not tried ahead of use again: who needs the value meets it
         self._pumping = False
         self._foresights = [(level, tier.policy) for level, tier in enumerate(self.tiers[:-1]) if isinstance(tier.policy, Foresight)]
 
-    def begin(self, entry: Entry, source: int, target: int, *, used: bool = False) -> Flight:
+    def begin(self, entry: Entry, source: int, target: int) -> Flight:
         """Start to copy an entry that is marked busy into a tier where its bytes are reserved; releases the lock for a moment.
 
-        `used`: somebody waits for it. When it has landed the busy mark is gone, and so is the reservation if it failed.
+        When it has landed the busy mark is gone, and so is the reservation if it failed.
         """
         tier = self.tiers[target]
         flight = Flight(entry, source, target, tier.stale.pop(entry.key, None), self.engine.now())
         tier.policy.insert(entry.key, entry.nbytes)
-        if used:
-            tier.policy.access(entry.key)
         self._flights[target] += 1
         self._flying[target] += entry.nbytes
         self.counters.link_busy(source, target, flight.started)
@@ -68,29 +70,34 @@ class Flights(Residency):
             raise
         finally:
             self.lock.acquire()
+        flight.begun = True
         return flight
 
     def _arrived(self, flight: Flight, ready: Ready) -> None:
         """Take note of a copy whose value can be used after `ready`. Takes the lock itself."""
         with self.lock:
             flight.arrived = True
+            self._usable(flight)
+            self._ending += 1
             flight.entry.read_below += 1
             self._place(flight)
             flight.entry.ready = ready
             flight.done = True
             self.unmark_busy(flight.entry)
+            if flight.begun:  # else whoever started it looks for more
+                self.pump()
 
     def _landed(self, flight: Flight, error: BaseException | None) -> None:
         """Take note of a copy that has ended. Takes the lock itself."""
         with self.lock:
             entry, tier = flight.entry, self.tiers[flight.target]
-            self._flights[flight.target] -= 1
-            self._flying[flight.target] -= flight.nbytes
             self.link_ended(entry.key, (flight.source, flight.target), flight.started, 0 if error else flight.nbytes)
             if flight.arrived:
+                self._ending -= 1
                 entry.read_below -= 1
                 self.wake()
             else:
+                self._usable(flight)
                 if error is None and flight.version == entry.version:
                     self._place(flight)
                 else:
@@ -99,6 +106,11 @@ class Flights(Residency):
                 flight.error, flight.done = error, True
                 self.unmark_busy(entry)
             self.pump()
+
+    def _usable(self, flight: Flight) -> None:
+        """One flight less that keeps a link busy as far as the host knows: what is ordered on the device needs no more of it."""
+        self._flights[flight.target] -= 1
+        self._flying[flight.target] -= flight.nbytes
 
     def _place(self, flight: Flight) -> None:
         """The target holds the value now."""
@@ -133,8 +145,18 @@ class Flights(Residency):
     def settle(self) -> None:
         """Wait until no entry moves, not even one that is written down to make room for another. Takes the lock itself."""
         with self.lock:
-            while self._busy or any(self._flights):
+            while self._busy or self._ending or any(self._flights):
                 self.engine.wait(self.lock)
+
+    def set_aside(self, level: int, nbytes: int) -> None:
+        """Leave bytes of a tier's budget to others than the store; what does not fit any more leaves, as far as it can now."""
+        tier = self.tiers[level]
+        tier.ledger.aside = nbytes
+        if isinstance(tier.policy, Foresight):
+            tier.policy.budget(tier.ledger.limit)
+        with suppress(OSError, TierStoreError):  # who needs the room meets the error
+            self.make_room(level, 0)
+        self.wake()
 
     # -- ahead of use ---------------------------------------------------------------------------------------------
 

@@ -45,6 +45,7 @@ class Leasing(Flights):
         if started is not None:
             self._stalled(operation, started)
         try:
+            self.engine.computing()
             self._wait_until_ready(wanted)
             self.pump()
         except BaseException:
@@ -69,8 +70,20 @@ class Leasing(Flights):
         self._held[me] = self._held.get(me, 0) + entry.nbytes
         self.counters.hits += 1
         self.tiers[0].policy.access(entry.key)
+        self.engine.computing()
         if entry.ready is not None:
-            self._wait_until_ready([entry])
+            self._wait_until_ready((entry,))
+        return True
+
+    def lease_unnoticed(self, entries: Sequence[Entry]) -> bool:
+        """Lease entries if that takes no move; the policy is not told, since so small a use is no reason for them to stay."""
+        fresh = sum(entry.nbytes for entry in entries if entry.leases == 0)
+        if any(entry.busy or not entry.resident for entry in entries) or not self._leaves(0, fresh):
+            return False
+        self._lease(entries)
+        self.counters.hits += len(entries)
+        self.engine.computing()
+        self._wait_until_ready(entries)
         return True
 
     def _try_acquire(self, wanted: list[Entry], headroom: int) -> bool:
@@ -83,8 +96,12 @@ class Leasing(Flights):
         if not self._leaves(headroom, sum(entry.nbytes for entry in wanted if entry.leases == 0)):
             return False
         missing = [entry for entry in wanted if 0 not in entry.tiers]
+        policy = self.tiers[0].policy
+        if len(wanted) > 1 and isinstance(policy, Foresight):
+            policy.together([entry.key for entry in wanted])
         self._lease(wanted)
         if not missing:
+            self._tell(wanted)
             self._count(wanted, 0)
             return True
         need = sum(entry.nbytes for entry in missing)
@@ -103,7 +120,7 @@ class Leasing(Flights):
         self.release(wanted)
         return moved and self._try_acquire(wanted, headroom)
 
-    def _wait_until_ready(self, leased: list[Entry]) -> None:
+    def _wait_until_ready(self, leased: Sequence[Entry]) -> None:
         """Let what this thread computes from now on come after the copies that fill what it leased."""
         for entry in leased:
             if entry.ready is not None:
@@ -113,13 +130,13 @@ class Leasing(Flights):
 
     def _leaves(self, headroom: int, nbytes: int) -> bool:
         """True if `nbytes` more under leases leave `headroom` bytes; where it is asked for, what is handed out counts as leased."""
-        budget = self.tiers[0].ledger.budget
+        budget = self.tiers[0].ledger.limit
         taken = self.leased_bytes + (self.handed_out if headroom else 0)
         return budget is None or taken + nbytes + headroom <= budget
 
     def may_hand_out(self, nbytes: int, headroom: int) -> bool:
         """True if `nbytes` more without a lease leave room for what streams, and for two operations of `headroom` bytes."""
-        policy, budget = self.tiers[0].policy, self.tiers[0].ledger.budget
+        policy, budget = self.tiers[0].policy, self.tiers[0].ledger.limit
         plan = policy.plan if isinstance(policy, Foresight) else None
         ring = plan.ring_bytes[0] if plan is not None and plan.ring_bytes else 0
         return budget is None or self.handed_out + nbytes + max(ring, 2 * headroom) <= budget
@@ -137,7 +154,8 @@ class Leasing(Flights):
         try:
             while todo:
                 entry = todo.pop(0)
-                flights.append(self.begin(entry, min(entry.tiers), 0, used=True))
+                flights.append(self.begin(entry, min(entry.tiers), 0))
+            self._tell(wanted)
             self.pump()
             while not all(flight.done for flight in flights):
                 self.engine.wait(self.lock)
@@ -155,17 +173,27 @@ class Leasing(Flights):
     def _stalled(self, operation: object, since: float) -> None:
         now = self.engine.now()
         self.counters.stall_seconds += now - since
+        policy = self.tiers[0].policy
+        if isinstance(policy, Foresight):
+            policy.waited(now - since)
         self.timeline.stalled(str(operation), since, now)
 
     def _count(self, wanted: list[Entry], missed: int) -> None:
         self.counters.misses += missed
         self.counters.hits += len(wanted) - missed
-        policy = self.tiers[0].policy
-        for entry in wanted:
-            if 0 in entry.tiers:
-                policy.access(entry.key)
 
-    def _lease(self, entries: list[Entry]) -> None:
+    def _tell(self, used: list[Entry]) -> None:
+        """Tell the policy of uses, in an order that does not depend on what is missing; all of it is in the tier or on its way.
+
+        What has landed and gone wrong meanwhile is left out.
+        """
+        keys = [entry.key for entry in used if 0 in entry.tiers or entry.busy]
+        if len(keys) > 1:
+            self.tiers[0].policy.access_all(keys)
+        elif keys:
+            self.tiers[0].policy.access(keys[0])
+
+    def _lease(self, entries: Sequence[Entry]) -> None:
         me = threading.get_ident()
         taken = 0
         for entry in entries:
@@ -212,12 +240,14 @@ class Leasing(Flights):
 
     def _budget_error(self, operation: object, wanted: list[Entry]) -> BudgetError:
         tier = self.tiers[0]
-        budget = tier.ledger.budget or 0
+        budget = tier.ledger.limit or 0
         names = ", ".join(repr(entry.key) for entry in wanted[:5]) + (", ..." if len(wanted) > 5 else "")
         operation = f"{operation} on {names}"
         required = sum(entry.nbytes for entry in wanted)
         if required > budget:
-            return BudgetError(operation, tier=tier.name, required_bytes=required, budget_bytes=budget)
+            aside = tier.ledger.aside
+            hint = f"{aside} bytes more of its budget are taken by activations: raise the budget of {tier.name!r}" if aside else ""
+            return BudgetError(operation, tier=tier.name, required_bytes=required, budget_bytes=budget, hint=hint)
         held = self.leased_bytes - sum(entry.nbytes for entry in wanted if entry.leases)
         hint = f"{held} bytes of it are leased at this moment: raise the budget of {tier.name!r}, or release leases first"
         if held + required <= budget:

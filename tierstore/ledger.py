@@ -6,19 +6,28 @@ from __future__ import annotations
 class Ledger:
     """Bytes of one tier: resident, staging and in flight together never exceed `budget` (None: no limit).
 
-    Not thread-safe by itself: the store calls it under its lock.
+    `aside`: bytes of the budget that somebody else takes, such as activations; the store has what is left. When it grows
+    below what is used, nothing is reserved until enough was released. Not thread-safe by itself: the store calls it under
+    its lock.
     """
 
-    __slots__ = ("budget", "peak", "used")
+    __slots__ = ("aside", "budget", "peak", "used")
 
     def __init__(self, budget: int | None) -> None:
         self.budget = budget
+        self.aside = 0
         self.used = 0
         self.peak = 0
 
+    @property
+    def limit(self) -> int | None:
+        """What the store may use now; None: no limit."""
+        return None if self.budget is None else max(self.budget - self.aside, 0)
+
     def reserve(self, nbytes: int) -> bool:
         """Take `nbytes` if they fit, and say whether they did."""
-        if self.budget is not None and self.used + nbytes > self.budget:
+        limit = self.limit
+        if limit is not None and self.used + nbytes > limit:
             return False
         self.used += nbytes
         self.peak = max(self.peak, self.used)
@@ -30,9 +39,11 @@ class Ledger:
         self.used -= nbytes
 
     def excess(self, nbytes: int) -> int:
-        """By how many bytes `nbytes` more would exceed the budget; not positive if they fit."""
-        return 0 if self.budget is None else self.used + nbytes - self.budget
+        """By how many bytes `nbytes` more would exceed the limit; not positive if they fit."""
+        limit = self.limit
+        return 0 if limit is None else self.used + nbytes - limit
 
     def fits(self, nbytes: int) -> bool:
         """True if an empty tier could hold `nbytes`."""
-        return self.budget is None or nbytes <= self.budget
+        limit = self.limit
+        return limit is None or nbytes <= limit

@@ -16,12 +16,14 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
-from tierstore.errors import CorruptionError
+from tierstore.errors import CorruptionError, StorageError
 from tierstore.file_system import FileSystem
 
 PAGE = 4096  # bytes; direct I/O needs offset, address and length in multiples of it
@@ -46,7 +48,19 @@ class Readable(Protocol):
         """End one user's use."""
 
     def read(self, memory: memoryview, offset: int) -> None:
-        """Fill `memory` with the bytes from `offset` on; raise `CorruptionError` if they end before."""
+        """Fill `memory` with the bytes from `offset` on; raise `CorruptionError` if they end before, `StorageError` if the device fails."""
+
+    def read_cached(self, memory: memoryview, offset: int) -> None:
+        """Like `read`, through the page cache and leaving there what was read, for small parts that are wanted again."""
+
+    def fileno(self) -> int:
+        """Return the descriptor to map from, valid as long as the caller has not closed this."""
+
+    def keep(self) -> Callable[[], None]:
+        """Let the bytes stay as they are for a map of them, also when everybody has closed this.
+
+        What is returned ends that, once; it may be called in any thread at any moment, also inside the garbage collector.
+        """
 
 
 class OpenFile:
@@ -69,10 +83,18 @@ class OpenFile:
         if hasattr(os, "posix_fadvise"):  # nothing may be read ahead that is about to be read around the cache
             self._advise(0, 0, os.POSIX_FADV_RANDOM)
 
-    @property
-    def descriptor(self) -> int:
-        """What maps the file, and tells its status, as long as nobody has closed it."""
+    @classmethod
+    def of(cls, path: str, shared: Readable | None) -> Readable:
+        """Return `shared` if it may still be shared, else the file at a path, opened; to be closed by the caller."""
+        return shared if shared is not None and shared.share() else cls(path)
+
+    def fileno(self) -> int:
+        """Return the descriptor for ordinary reads and maps; valid as long as the caller has not closed the file."""
         return self._buffered
+
+    def keep(self) -> Callable[[], None]:
+        """Return what does nothing: a map of a file needs no descriptor, and nobody writes into a file that has a value."""
+        return _nothing
 
     def share(self) -> bool:
         """Let one more user have it; False if it is closed already."""
@@ -95,15 +117,29 @@ class OpenFile:
         """Fill `memory` with the bytes from `offset` on; raise `CorruptionError` if the file ends before."""
         cached, asked = (0, 0) if self._cold else self._read_cached(memory, offset)
         self._cold = self._cold or not cached
-        position = cached
-        while position < len(memory):
-            count = self._read_on(memory[position:], offset + position)
-            if count == 0:
-                raise CorruptionError("?", self.path, f"the file ends {len(memory) - position} bytes before the end of what was asked for")
-            position += count
+        self._read_all(self._read_on, memory[cached:], offset + cached)
         if cached < asked:
             # one page alone may be there only because the device was quick to answer the question
             self._uncache(offset + (cached if cached > PAGE else 0), offset + asked)
+
+    def read_cached(self, memory: memoryview, offset: int) -> None:
+        """Like `read`, through the page cache and leaving there what was read."""
+        self._read_all(partial(self._system.read, self._buffered), memory, offset)
+
+    def _read_all(self, read: Callable[[memoryview, int], int], memory: memoryview, offset: int) -> None:
+        """Fill `memory` with a function that reads at least one byte, unless the file ends or the device fails."""
+        position, failure = 0, None
+        while position < len(memory):
+            try:
+                count = read(memory[position:], offset + position)
+            except OSError as error:
+                reason = f"reading {self.path} at byte {offset + position} failed: {error.strerror}"
+                failure = StorageError(error.errno or errno.EIO, reason)
+            if failure is not None:  # not with the system's error as its cause, whose frames would keep the memory alive
+                raise failure
+            if count == 0:
+                raise CorruptionError("?", self.path, f"the file ends {len(memory) - position} bytes before the end of what was asked for")
+            position += count
 
     def _read_cached(self, memory: memoryview, offset: int) -> tuple[int, int]:
         """Read what is cached from the start on; return how many bytes that were, and how many were asked for."""
@@ -164,3 +200,7 @@ class OpenFile:
                 except OSError:
                     self._refused = True
             return self._direct
+
+
+def _nothing() -> None:
+    pass

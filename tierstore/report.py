@@ -42,7 +42,7 @@ def forecast_of(store: TieredStore, since: float) -> Forecast | None:
     with store.moves.lock:
         kept = sum(store.moves.entries[key].nbytes for key, level in made.rest.items() if level == 0 and key in store.moves.entries)
         larger = int(tier.ledger.budget * _MORE)
-        more = tier.policy.would_move(larger)
+        more = tier.policy.would_move(larger - tier.ledger.aside)
         seconds = store.moves.engine.now() - since
     links = {name: link.bytes for name, link in store.stats().links.items() if name.endswith(f"->{tier.name}")}
     link = max(links, key=lambda name: links[name])
@@ -89,9 +89,11 @@ def _links(stats: Stats) -> Table:
 def _summary(stats: Stats, holds_all: bool) -> str:
     if holds_all:
         return "everything fits into the fast tier and stays there as plain tensors; accesses are not counted"
+    tiers = stats.tiers.items()
+    left = "".join(f"; {format_size(tier.aside_bytes)} of {name} are left to activations" for name, tier in tiers if tier.aside_bytes)
     asked = stats.hits + stats.misses
     rate = f"{stats.hits / asked:.1%}" if asked else "-"
-    return f"{asked} accesses, {rate} hits, {stats.evictions} evictions, {stats.stall_seconds:.3f} s waited for bytes"
+    return f"{asked} accesses, {rate} hits, {stats.evictions} evictions, {stats.stall_seconds:.3f} s waited for bytes{left}"
 
 
 def _outlook(stats: Stats, forecast: Forecast) -> Iterator[str]:

@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-import torch
-
 from tierstore.entry import Entry, Handout
 from tierstore.errors import BudgetError, ClosedError, MissingKeyError, TierStoreError
 from tierstore.shield import shielded
@@ -71,13 +69,15 @@ class Residency:
             raise ClosedError("this store is closed; open a new one")
 
     def close(self) -> bool:
-        """Refuse whatever comes and wait until no entry moves; False if another thread did so before."""
+        """Refuse whatever comes, wait until no entry moves and let go of values; False if another thread did so before."""
         if self.closed:
             return False
         self.closed = True
         self.wake()
         while self._busy:
             self.engine.wait(self.lock)
+        for entry in self.entries.values():  # or their memory would be taken for as long as somebody has the closed store
+            self._let_go(entry)
         return True
 
     # -- room ---------------------------------------------------------------------------------------------------
@@ -149,7 +149,8 @@ class Residency:
     def copy(self, entry: Entry, source: int, target: int) -> None:
         """Copy a busy entry into a tier where its bytes are reserved; gives the reservation back when it fails."""
         tier, version = self.tiers[target], entry.version
-        transfer = Transfer(entry.key, entry.spec, self.tiers[source].backend, tier.backend, (source, target))
+        ready = entry.ready if source == 0 else None
+        transfer = Transfer(entry.key, entry.spec, self.tiers[source].backend, tier.backend, (source, target), ready)
         started = self.engine.now()
         self.counters.link_busy(source, target, started)
         carried = 0
@@ -198,9 +199,10 @@ class Residency:
         """Like `added`, for a policy that was told before."""
         tier = self.tiers[level]
         entry.tiers.add(level)
+        self.timeline.moved(self.engine.now(), entry.key, level, came=True)
         if level == 0 and tier.memory:
             entry.tensor = tier.backend.get(entry.key)
-            entry.seen = _writes(entry.tensor)
+            entry.seen = _writes(entry)
 
     def drop(self, entry: Entry, level: int) -> None:
         """Delete one copy and give its bytes back."""
@@ -211,6 +213,7 @@ class Residency:
         """Record that a tier no longer holds `entry`."""
         tier = self.tiers[level]
         entry.tiers.discard(level)
+        self.timeline.moved(self.engine.now(), entry.key, level, came=False)
         tier.policy.remove(entry.key)
         tier.ledger.release(entry.nbytes)
         if level == 0:
@@ -243,42 +246,48 @@ class Residency:
         """Make the resident copy of `entry`, which was written in place, the only valid one."""
         entry.version += 1
         if entry.tensor is not None:
-            entry.seen = _writes(entry.tensor)
+            entry.seen = _writes(entry)
         self.invalidate(entry, keep=0)
 
     def refresh(self, entry: Entry) -> None:
         """Take note of writes to the resident value that nobody told of; before a copy of it elsewhere is taken for equal."""
-        if entry.tensor is not None and _writes(entry.tensor) != entry.seen:
+        if entry.tensor is not None and _writes(entry) != entry.seen:
             self.outdate(entry)
 
     # -- reads without a lease ------------------------------------------------------------------------------------
 
-    def hand_out(self, entry: Entry, handout: Handout) -> None:
-        """Let readers use the resident value of `entry` without a lease until it is withdrawn; they note its key each time."""
-        entry.handout = handout
-        self.handed_out += entry.nbytes
+    def hand_out(self, handout: Handout) -> None:
+        """Let readers use resident entries without a lease until they are withdrawn; they note the keys each time."""
+        for entry in handout.entries:
+            entry.handout = handout
+            self.handed_out += entry.nbytes
 
     def withdraw(self, entry: Entry) -> bool:
         """End what `hand_out` began, and take note of writes; False, and nothing is done, while a reader is not done yet."""
         if entry.handout is not None:
             if not entry.handout.withdraw():
                 return False
-            self._take_back(entry)
+            self._take_back(entry.handout)
+        if entry.guard is not None and entry.guard.used():
+            return False
         self.refresh(entry)
         return True
 
     def _let_go(self, entry: Entry) -> None:
-        entry.tensor, entry.shown = None, False
         if entry.ready is not None:
             entry.ready.retire()
             entry.ready = None
+        if entry.tensor is not None:
+            self.engine.parting(entry.tensor)  # as long as it is here nobody can have its memory again
+        entry.tensor, entry.shown = None, False
         if entry.handout is not None:
             entry.handout.forget()
-            self._take_back(entry)
+            self._take_back(entry.handout)
 
-    def _take_back(self, entry: Entry) -> None:
-        entry.handout = None
-        self.handed_out -= entry.nbytes
+    def _take_back(self, handout: Handout) -> None:
+        for entry in handout.entries:
+            entry.handout = None
+            self.handed_out -= entry.nbytes
 
     def catch_up(self) -> None:
         """Tell the policy of uses without a lease, in their order."""
@@ -320,6 +329,9 @@ class Residency:
         self.lock.notify_all()
 
 
-def _writes(tensor: torch.Tensor) -> int:
-    """Return torch's count of writes to `tensor`; a tensor made in inference mode has none."""
-    return 0 if tensor.is_inference() else tensor._version
+def _writes(entry: Entry) -> int:
+    """Return torch's count of writes to the resident value; a tensor made in inference mode has none."""
+    if entry.guard is not None:
+        return entry.guard.writes()
+    tensor = entry.tensor
+    return 0 if tensor is None or tensor.is_inference() else tensor._version

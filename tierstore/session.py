@@ -121,7 +121,10 @@ class Tiered:
         return render(self.store.stats(), forecast, holds_all=self._attachment.holds_all, device=str(self.device))
 
     def timeline(self, file: str | os.PathLike[str]) -> None:
-        """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing."""
+        """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing.
+
+        A file that ends in .png becomes a picture: which weights were in the fastest tier when, and how full each tier was.
+        """
         self.store.timeline(file)
 
     def prefetch(self, module: torch.nn.Module) -> None:

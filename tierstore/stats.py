@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """Bytes of one tier; `budget_bytes` is None where there is no limit."""
+    """Bytes of one tier; `budget_bytes` is None where there is no limit. `aside_bytes` of the budget are left to activations."""
 
     budget_bytes: int | None
     used_bytes: int
     peak_bytes: int
     entries: int
+    aside_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,22 +9,22 @@ from types import TracebackType
 
 import torch
 
-from tierstore.backend import Backend, MemoryBackend
-from tierstore.building import choose_device, memory_tiers
+from tierstore.backend import MemoryBackend
+from tierstore.building import durable_tiers
 from tierstore.checksum import Verify
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, TierStoreError
 from tierstore.lease import Lease
+from tierstore.picture import draw
 from tierstore.planning.names import policy_factory
 from tierstore.planning.plan import Plan
 from tierstore.planning.policy import Foresight, PolicyFactory
-from tierstore.registry import backend_class
 from tierstore.sizes import Size, parse_size
 from tierstore.spec import TensorSpec
 from tierstore.stats import Stats, TierStats
 from tierstore.tier import Tier
 from tierstore.transfer.engine import Engine
-from tierstore.transfer.threads import ThreadEngine
+from tierstore.transfer.streams import engine_for
 from tierstore.writing import Moves
 
 
@@ -42,12 +42,14 @@ class TieredStore:
         names = [tier.name for tier in tiers]
         if len(set(names)) < len(names):
             raise TierStoreError(f"tier names must differ, got {names}")
-        make_policy = policy_factory(policy)
+        make_policy, engine = policy_factory(policy), engine_for(tiers[0].backend) if engine is None else engine
         for tier in tiers:
             tier.policy = make_policy()
             if isinstance(tier.policy, Foresight):
                 tier.policy.budget(tier.ledger.budget)
-        self._moves = Moves(tiers, ThreadEngine() if engine is None else engine)
+                if engine.computes_now:
+                    tier.policy.timed(engine.now)
+        self._moves = Moves(tiers, engine)
         self._lock = self._moves.lock
         self._background: ThreadPoolExecutor | None = None
         try:
@@ -60,23 +62,15 @@ class TieredStore:
 
     @classmethod
     def open(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        gpu: Size | None = None,
-        cpu: Size | None = None,
-        device: str | torch.device | None = None,
-        policy: str | PolicyFactory = "lru",
-        verify: Verify = "first",
-    ) -> TieredStore:
+        cls, path: str | os.PathLike[str], *, gpu: Size | None = None, cpu: Size | None = None,
+        device: str | torch.device | None = None, policy: str | PolicyFactory = "lru", verify: Verify = "first",
+    ) -> TieredStore:  # fmt: skip
         """Open the store that lasts in the directory `path`, made if need be, below tiers of memory of the sizes given.
 
         What is in memory only is written down when it leaves, by `flush`, and by `close`; without any size `put` returns when
         the value is on the device, and `get` gives a private map of its file. `verify`: when stored bytes are checked.
         """
-        compute = torch.device("cpu") if gpu is None and device is None else choose_device(device, gpu)
-        disk = backend_class("disk")(path, verify=verify)  # type: ignore[call-arg]
-        return cls([*memory_tiers(compute, gpu, cpu), Tier("disk", disk)], policy)
+        return cls(durable_tiers(path, gpu, cpu, device, verify), policy)
 
     # -- values -------------------------------------------------------------------------------------------------
 
@@ -104,6 +98,7 @@ class TieredStore:
         with self._lock:
             entry = moves.entry(key)
             if entry.tensor is not None and entry.ready is None and not entry.busy:
+                moves.engine.computing()
                 moves.counters.hits += 1
                 moves.tiers[0].policy.access(key)
                 tensor = entry.tensor
@@ -192,14 +187,15 @@ class TieredStore:
             self._moves.check_open()
             level = names.index(tier)
             ledger = self._moves.tiers[level].ledger
-            before, ledger.budget = ledger.budget, budget
+            before = ledger.budget, ledger.aside
+            ledger.budget, ledger.aside = budget, 0
             try:
                 fits = budget is None or self._moves.make_room(level, 0)
             except BaseException:
-                ledger.budget = before
+                ledger.budget, ledger.aside = before
                 raise
             if not fits:
-                ledger.budget = before
+                ledger.budget, ledger.aside = before
                 raise BudgetError(
                     f"shrinking to {budget} bytes", tier=tier, required_bytes=ledger.used, budget_bytes=budget or 0,
                     hint="release leases first, or give the tiers below more room",
@@ -236,12 +232,12 @@ class TieredStore:
             self._moves.catch_up()
             tiers, counters = self._moves.tiers, self._moves.counters
             return Stats(
-                tiers={t.name: TierStats(t.ledger.budget, t.ledger.used, t.ledger.peak, self._count(i)) for i, t in enumerate(tiers)},
+                tiers={tier.name: self._tier_stats(level, tier) for level, tier in enumerate(tiers)},
                 links={f"{a.name}->{b.name}": counters.link(i, j) for i, a in enumerate(tiers) for j, b in enumerate(tiers) if i != j},
                 hits=counters.hits,
                 misses=counters.misses,
                 evictions=counters.evictions,
-                stall_seconds=counters.stall_seconds,
+                stall_seconds=counters.stall_seconds + self._moves.engine.stall_seconds(),
             )
 
     # -- the end ------------------------------------------------------------------------------------------------
@@ -284,7 +280,7 @@ class TieredStore:
         background, self._background = self._background, None
         if background is not None:
             background.shutdown(wait=True, cancel_futures=True)
-        if flush if flush is not None else self._persistent(self._moves.tiers[-1].backend):
+        if flush if flush is not None else not isinstance(self._moves.tiers[-1].backend, MemoryBackend):
             self.flush()
         with self._lock:
             if not self._moves.close():
@@ -294,9 +290,16 @@ class TieredStore:
             tier.backend.close()
 
     def timeline(self, file: str | os.PathLike[str]) -> None:
-        """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing."""
+        """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing.
+
+        A file that ends in .png becomes a picture: which values were in the fastest tier when, and how full each tier was.
+        """
+        tiers = self._moves.tiers
         with self._lock:
-            self._moves.timeline.write(file, [tier.name for tier in self._moves.tiers])
+            if os.fspath(file).lower().endswith(".png"):
+                draw(self._moves.timeline, [tier.name for tier in tiers], [tier.ledger.budget for tier in tiers], file)
+            else:
+                self._moves.timeline.write(file, [tier.name for tier in tiers])
 
     @property
     def plan(self) -> Plan | None:
@@ -341,9 +344,7 @@ class TieredStore:
                 if flight is not None and flight.error is not None:
                     raise flight.error
 
-    def _count(self, level: int) -> int:
-        return sum(level in entry.tiers for entry in self._moves.entries.values())
-
-    @staticmethod
-    def _persistent(backend: Backend) -> bool:
-        return not isinstance(backend, MemoryBackend)
+    def _tier_stats(self, level: int, tier: Tier) -> TierStats:
+        ledger = tier.ledger
+        count = sum(level in entry.tiers for entry in self._moves.entries.values())
+        return TierStats(ledger.budget, ledger.used, ledger.peak, count, ledger.aside)

@@ -71,17 +71,20 @@ class Moves(Leasing):
         """Write a value where its bytes are reserved; outdate the older copies only when it is complete."""
         tier = self.tiers[level]
         with self.writing(tier, entry.key, spec.nbytes):
-            tier.backend.put(entry.key, tensor)
+            ready = self.engine.put(tier.backend, level, entry.key, tensor)
         self.invalidate(entry, keep=level)
         if level in entry.tiers:
             self.removed(entry, level)
         entry.describe(spec)
         entry.version += 1
         self.added(entry, level)
+        entry.ready = ready
 
     def _write_in_place(self, entry: Entry, tensor: torch.Tensor) -> None:
         """Overwrite a resident value of the same spec, which its lease holders see change."""
         target = entry.tensor
+        self.engine.computing()
+        self._wait_until_ready((entry,))
         self.lock.release()
         try:
             if target is None:

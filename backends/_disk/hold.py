@@ -52,7 +52,7 @@ class WriteHold:
 
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):  # it is for finding damage that happens later
-            self._commits.write(self.index.state, sync=True)
+            self._commits.write(self.index.state, sync=True, image=self.index.image())
         self._stack.close()
 
     def abandon(self) -> None:

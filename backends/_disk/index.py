@@ -3,7 +3,9 @@
 SQLite makes one commit after the other durable, whole or not at all. What it would not notice is found here: each row has a
 checksum, and the row of `state` one over all of them, so that a row that is missing, doubled, or of another time is damage.
 SQLite takes a damaged end of its log for what a crash left unfinished, and drops it; so the number of commits is also
-written to a file beside it, after each of them, and an index that has fewer than that is damaged too.
+written to a file beside it, after each of them, and an index that has fewer than that is damaged too. When a store is closed,
+the checksum of the whole database goes there as well: a bit that has flipped since is found wherever it is, also in bytes
+that nobody uses.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ _ENVIRONMENT = {  # what is no damage: the error that the system would have repo
     sqlite3.SQLITE_IOERR: errno.EIO, sqlite3.SQLITE_CANTOPEN: errno.ENOENT, sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_PERM: errno.EACCES, sqlite3.SQLITE_NOMEM: errno.ENOMEM,
 }  # fmt: skip
+ERRORS = (sqlite3.Error, UnicodeDecodeError)
+"""What SQLite raises; the second if what a message about a damaged schema quotes is no text."""
+
 _PATIENCE = 5.0  # seconds to wait for a lock that only a foreign tool would hold
 
 
@@ -68,7 +73,7 @@ class Index:
             raise damaged("the index is missing", self.path)
         try:
             self._database = _connect(self.path, writable=writable)
-        except sqlite3.Error as error:
+        except ERRORS as error:
             raise self._translated(error) from error
         try:
             self.rows, self.state = self._load(check=writable)
@@ -91,14 +96,14 @@ class Index:
                     state = replace(state, total=state.total ^ _number(seal_of(columns)))
                 _write_state(database, state)
                 system.commit(database)
-        except sqlite3.Error as error:
+        except ERRORS as error:
             raise _translated(error, path) from error
 
     def refresh(self) -> bool:
         """Read everything again if another process has committed since; return whether it had."""
         try:
             found = self._database.execute("SELECT commits FROM state").fetchone()
-        except sqlite3.Error as error:
+        except ERRORS as error:
             raise self._translated(error) from error
         if found is not None and found[0] == self.state.commits:
             return False
@@ -122,6 +127,18 @@ class Index:
             del self.rows[row.key]
         for row in new:
             self.rows[row.key] = row
+
+    def image(self) -> bytes:
+        """Return the checksum of every byte of the database; b"" if there have been commits that this object does not know of."""
+        try:
+            self._database.execute("BEGIN")
+            try:
+                current = self._database.execute("SELECT commits FROM state").fetchone() == (self.state.commits,)
+                return checksum(self._database.serialize()) if current else b""
+            finally:
+                self._database.execute("COMMIT")
+        except ERRORS as error:
+            raise self._translated(error) from error
 
     def leap(self, generations: int) -> None:
         """Skip generations, so that none which a crash left without a commit is ever given out again."""
@@ -148,12 +165,12 @@ class Index:
             for columns in after:
                 _insert(database, columns)
             _write_state(database, state)
-        except sqlite3.Error as error:
+        except ERRORS as error:
             self._roll_back()
             raise self._translated(error) from error
         try:
             self._system.commit(database)
-        except (sqlite3.Error, OSError) as error:
+        except (*ERRORS, OSError) as error:
             self._roll_back()
             if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY):
                 raise self._translated(error) from error
@@ -179,25 +196,29 @@ class Index:
                 self._database.execute("COMMIT")
             rows = [row_from(columns[:-1], columns[-1]) for columns in found]
             return {row.key: row for row in rows}, _state_from(states, found)
-        except sqlite3.Error as error:
+        except ERRORS as error:
             raise self._translated(error) from error
         except (ValueError, RecursionError) as error:
             raise damaged(str(error), self.path) from error
 
-    def _translated(self, error: sqlite3.Error | OSError) -> OSError:
+    def _translated(self, error: Exception) -> OSError:
         return _translated(error, self.path)
 
 
 class Commits:
-    """The file that counts commits beside SQLite; it is never ahead of the index, unless the index has lost some."""
+    """The file that counts commits beside SQLite; it is never ahead of the index, unless the index has lost some.
+
+    It is so small that the device writes it as a whole or not at all.
+    """
 
     def __init__(self, system: FileSystem, folder: int) -> None:
         self._system = system
         self._descriptor = system.open(COMMITS, os.O_RDWR | os.O_CREAT, folder=folder)
 
-    def write(self, state: State, *, sync: bool = False) -> None:
-        count = state.commits.to_bytes(8, "little")
-        write_all(self._system, self._descriptor, count + checksum(count + state.store.encode()))
+    def write(self, state: State, *, sync: bool = False, image: bytes = b"") -> None:
+        """Note how many commits there were, and if it is known, what the index looked like after the last of them."""
+        data = state.commits.to_bytes(8, "little") + image.ljust(SUM, b"\0")
+        write_all(self._system, self._descriptor, data + checksum(data + state.store.encode()))
         if sync:
             self._system.sync(self._descriptor)
 
@@ -206,9 +227,17 @@ class Commits:
             self._system.close(self._descriptor)
 
 
-def read_commits(data: bytes, store: str) -> int:
-    """Return how many commits there were at least, from the bytes of the file; 0 if they do not tell."""
-    return int.from_bytes(data[:8], "little") if data[8:] == checksum(data[:8] + store.encode()) else 0
+def read_commits(data: bytes, store: str) -> tuple[int, bytes]:
+    """Return how many commits there were at least, and what the index looked like after the last of them, b"" if unknown.
+
+    `data`: what is in the file, which is empty for a moment when it is made. Raises `ValueError` if it is damaged.
+    """
+    if not data:
+        return 0, b""
+    told, seal = data[: 8 + SUM], data[8 + SUM :]
+    if seal != checksum(told + store.encode()):
+        raise ValueError("it does not match its checksum")
+    return int.from_bytes(told[:8], "little"), told[8:].strip(b"\0") and told[8:]
 
 
 def write_all(system: FileSystem, descriptor: int, data: bytes) -> None:
@@ -242,7 +271,7 @@ def _opened(path: Path, mode: str, *pragmas: str) -> sqlite3.Connection:
     return database
 
 
-def _translated(error: sqlite3.Error | OSError, path: Path) -> OSError:
+def _translated(error: Exception, path: Path) -> OSError:
     """Return the error to raise: damage, or what the system has refused to SQLite."""
     code = getattr(error, "sqlite_errorcode", None)
     known = _ENVIRONMENT.get(code & 0xFF) if isinstance(code, int) else None

@@ -23,6 +23,7 @@ from tierstore.backends._disk.index import COMMITS, JOURNAL, PARTS, Commits, Ind
 from tierstore.backends._disk.rows import BLOB_ID, SUFFIX, Row, blob_name
 from tierstore.backends._disk.version_1 import decode_head_1
 from tierstore.backends._lock import TEMPORARY
+from tierstore.checksum import checksum
 from tierstore.errors import BackendError, CorruptionError
 from tierstore.file_system import FileSystem
 
@@ -163,8 +164,8 @@ def read_format(root: Root) -> Format | None:
             f"{root.path} has version {version!r} of {FORMAT_NAME}, and this tierstore reads versions 1 to {FORMAT_VERSION}; "
             "open it with the tierstore that wrote it"
         )
-    if not isinstance(store, str) or (version > 1 and not BLOB_ID.fullmatch(store)):
-        raise BackendError(f"{root.path / MARKER} names no store; `python -m tierstore repair` makes it anew")
+    if not isinstance(store, str) or (version > 1 and text != _encode_format(store)):
+        raise BackendError(f"{root.path / MARKER} does not match its checksum; `python -m tierstore repair` makes it anew")
     return Format(version, store)
 
 
@@ -174,7 +175,12 @@ def read_rows(root: Root) -> list[Row]:
 
 
 def write_format(root: Root, store: str) -> None:
-    root.replace(MARKER, json.dumps({"format": FORMAT_NAME, "version": FORMAT_VERSION, "store": store}).encode())
+    root.replace(MARKER, _encode_format(store))
+
+
+def _encode_format(store: str) -> bytes:
+    fields = {"format": FORMAT_NAME, "version": FORMAT_VERSION, "store": store}
+    return json.dumps(fields | {"seal": checksum(json.dumps(fields).encode()).hex()}).encode()
 
 
 def _refuse_foreign(root: Root) -> None:
@@ -202,6 +208,7 @@ def take_lock(root: Root) -> int:
 def give_lock(root: Root, descriptor: int) -> None:
     with suppress(OSError):
         root.system.unlock(descriptor)
+    with suppress(OSError):
         root.system.close(descriptor)
 
 
@@ -227,21 +234,27 @@ def prepare(root: Root) -> Index:
 
 def open_index(root: Root, store: str, *, writable: bool) -> Index:
     """Open the index of the store with this id; raise `CorruptionError` if it is not the one that was committed to last."""
-    counted = _counted(root, store)  # before the index is read, since another process may go on committing
+    counted, image = read_count(root, store)  # before the index is read, since another process may go on committing
     index = Index(root.path, root.system, writable=writable)
     missing = counted - index.state.commits
     if missing > 0 or index.state.store != store:
         index.close()
         reason = f"{missing} commits are missing" if index.state.store == store else f"it is of another store than {MARKER}"
         raise damaged(reason, index.path)
+    if image and not missing and index.image() not in (image, b""):
+        index.close()
+        raise damaged("it has changed since it was closed", index.path)
     return index
 
 
-def _counted(root: Root, store: str) -> int:
+def read_count(root: Root, store: str) -> tuple[int, bytes]:
+    """Return what `COMMITS` says, 0 and b"" if there is none; raise `CorruptionError` if it is damaged."""
     try:
         return read_commits(root.read_start(COMMITS, 64)[0], store)
     except FileNotFoundError:
-        return 0
+        return 0, b""
+    except ValueError as error:
+        raise CorruptionError("?", str(root.path / COMMITS), f"{error}; `python -m tierstore repair` makes it anew") from error
 
 
 def _found(root: Root) -> str:
@@ -249,7 +262,7 @@ def _found(root: Root) -> str:
 
     FORMAT comes last: until it is there, a crash leaves a directory that is new, or in version 1, as before.
     """
-    state = State(secrets.token_hex(16))
+    state = State(secrets.token_hex(16), commits=1)
     new_index(root, state, read_rows(root))
     write_format(root, state.store)
     return state.store

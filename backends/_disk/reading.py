@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,13 +15,11 @@ from tierstore.backend import FileExtent
 from tierstore.backends._disk.files import OpenFiles
 from tierstore.backends._disk.maps import map_range
 from tierstore.backends._disk.rows import Row
-from tierstore.checksum import PIECE, Proof, Verify, checksum
+from tierstore.checksum import Proof, Verify, checksum
 from tierstore.errors import CorruptionError
 from tierstore.file_system import FileSystem
-from tierstore.open_file import OpenFile, Readable
+from tierstore.open_file import OpenFile
 from tierstore.spec import typed_view
-
-_FLAGS = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
 
 Identity = tuple[int, int]  # of a file: what differs when it is another one, or was written to
 
@@ -40,6 +38,7 @@ class Blobs:
         self._files = OpenFiles(system)
         self._seen: dict[str, Identity] = {}  # whose header was right
         self._proved: dict[str, Identity] = {}  # whose data was
+        self._proofs: dict[str, tuple[Identity, Proof]] = {}  # of whose data a part may have been
 
     def path_of(self, row: Row) -> Path:
         return self._root / row.name
@@ -47,12 +46,11 @@ class Blobs:
     def get(self, row: Row) -> torch.Tensor:
         """Return the value as a private map of its file."""
         with self._opened(row) as (file, extent, _):
-            if extent.proof is not None:
-                read_through(file, extent)
+            extent.prove(file)
             # inference mode would mark the memory as an inference tensor, which autograd refuses to save
             with torch.inference_mode(False), torch.no_grad():
                 empty = torch.empty(0, dtype=torch.uint8, device="cpu")
-                raw = map_range(self._system, file.descriptor, row.offset, row.nbytes) if row.nbytes else empty
+                raw = map_range(self._system, file.fileno(), row.offset, row.nbytes) if row.nbytes else empty
                 return typed_view(raw, row.spec)
 
     def extent(self, row: Row) -> FileExtent:
@@ -63,8 +61,7 @@ class Blobs:
     def check(self, row: Row) -> None:
         """Read and check the value, if it has a checksum, unless that has been done."""
         with self._opened(row) as (file, extent, _):
-            if extent.proof is not None:
-                read_through(file, extent)
+            extent.prove(file)
 
     @contextmanager
     def _opened(self, row: Row) -> Iterator[tuple[OpenFile, FileExtent, bool]]:
@@ -88,6 +85,7 @@ class Blobs:
         self._files.forget(self.path_of(row))
         self._seen.pop(row.blob, None)
         self._proved.pop(row.blob, None)
+        self._proofs.pop(row.blob, None)
 
     def __enter__(self) -> Blobs:
         return self
@@ -97,7 +95,7 @@ class Blobs:
 
     def _check(self, row: Row, file: OpenFile) -> Identity:
         """Raise unless the file is what the row says, its data apart; return its identity."""
-        status = self._system.status(file.descriptor)
+        status = self._system.status(file.fileno())
         if not status.st_nlink:
             raise FileNotFoundError(file.path)
         if status.st_size != row.file_size:
@@ -115,22 +113,17 @@ class Blobs:
         """Return what the data has to be checked against, unless it has been, or never is."""
         if not row.sums or self._verify == "never" or (self._verify == "first" and self._proved.get(row.blob) == identity):
             return None
-        return Proof(row.sums, row.key, str(self.path_of(row)), lambda: self._passed(row, identity))
+        known, proof = self._proofs.get(row.blob, (None, None))
+        if proof is None or known != identity or self._verify == "always":
+            proof = Proof(row.sums, row.nbytes, row.key, str(self.path_of(row)), partial(self._passed, row, identity))
+        if self._verify == "first":
+            self._proofs[row.blob] = identity, proof
+        return proof
 
     def _passed(self, row: Row, identity: Identity) -> None:
         if self._verify == "first":
             self._proved[row.blob] = identity
-
-
-def read_through(file: Readable, extent: FileExtent) -> None:
-    """Read all bytes of an extent once, to check them, into memory of one piece."""
-    assert extent.proof is not None
-    slab = mmap.mmap(-1, max(1, min(extent.nbytes, PIECE)), flags=_FLAGS)
-    for start in range(0, extent.nbytes, PIECE):
-        piece = memoryview(slab)[: min(PIECE, extent.nbytes - start)]
-        file.read(piece, extent.offset + start)
-        extent.proof.check(start, piece)
-    extent.proof.passed()
+            self._proofs.pop(row.blob, None)
 
 
 def _identity(status: os.stat_result) -> Identity:

@@ -13,6 +13,7 @@ import os
 import secrets
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,16 @@ class Stretch:
         self._file.let_go(self, reading=True)
 
     def read(self, memory: memoryview, offset: int) -> None:
-        self._file.read(memory, offset)
+        self._file.file.read(memory, offset)
+
+    def read_cached(self, memory: memoryview, offset: int) -> None:
+        self._file.file.read_cached(memory, offset)
+
+    def fileno(self) -> int:
+        return self._file.file.fileno()
+
+    def keep(self) -> Callable[[], None]:
+        return self._file.keep(self)
 
     def release(self) -> None:
         """The value is gone, or another one has taken its place."""
@@ -71,7 +81,7 @@ class ScratchFile:
         self._ranges.add(0, _ADDRESSES)
         self._ended: deque[Stretch] = deque()  # whose maps were dropped; noted without a lock, wherever that happens
         writing, reading = _open_twice(folder, system)
-        self._file = OpenFile(f"{folder} (a scratch file without a name)", system, descriptor=reading, cold=True)
+        self.file = OpenFile(f"{folder} (a scratch file without a name)", system, descriptor=reading, cold=True)
         self._writer = DirectWriter(system, writing, Slabs())
 
     def store(self, data: memoryview) -> Stretch:
@@ -87,7 +97,7 @@ class ScratchFile:
     def hold(self, stretch: Stretch, *, reading: bool = False) -> bool:
         """Add a holder, if there is still one; one that is `reading` also keeps the file open."""
         with self._lock:
-            if not stretch.holders or (reading and not self._file.share()):
+            if not stretch.holders or (reading and not self.file.share()):
                 return False
             stretch.holders += 1
             return True
@@ -97,25 +107,26 @@ class ScratchFile:
         with self._lock:
             self._count_down(stretch)
         if reading:
-            self._file.close()
+            self.file.close()
 
-    def read(self, memory: memoryview, offset: int) -> None:
-        self._file.read(memory, offset)
+    def keep(self, stretch: Stretch) -> Callable[[], None]:
+        """Add a holder, and return what ends it without taking the lock: the range is free when the next one is taken."""
+        self.hold(stretch)
+        return partial(self._ended.append, stretch)
 
     def map(self, stretch: Stretch) -> torch.Tensor:
         if not stretch.nbytes:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
-        self.hold(stretch)
+        ended = self.keep(stretch)
         try:
-            ended = partial(self._ended.append, stretch)
-            return map_range(self._system, self._file.descriptor, stretch.start, stretch.nbytes, ended)
+            return map_range(self._system, self.file.fileno(), stretch.start, stretch.nbytes, ended)
         except BaseException:
-            self.let_go(stretch)
+            ended()
             raise
 
     def close(self) -> None:
         """Give the space back as soon as the last map is gone too."""
-        self._file.close()
+        self.file.close()
         with suppress(OSError):  # whatever that is, nobody wants the bytes any more
             self._system.close(self._writer.descriptor)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tierstore.backends._disk.index import COMMITS, Index, State, read_commits
+from tierstore.backends._disk.index import COMMITS, Index, State
 from tierstore.backends._disk.layout import (
     LOCK,
     MARKER,
@@ -20,6 +20,7 @@ from tierstore.backends._disk.layout import (
     new_index,
     open_index,
     prepare,
+    read_count,
     read_format,
     sweep,
     take_lock,
@@ -83,6 +84,8 @@ def verify(path: Path, system: FileSystem) -> Inspection:
 def repair(path: Path, system: FileSystem) -> Inspection:
     """Put a store right that nobody else has open."""
     with _at(path, system) as (root, blobs):
+        if MARKER not in root.system.names(root.descriptor) and not root.shards():  # the lock would make a file
+            raise BackendError(f"there is no store in {path}")
         lock = take_lock(root)
         try:
             return _repair(root, blobs)
@@ -138,13 +141,9 @@ def _verify_rows(root: Root, blobs: Blobs, index: Index) -> Inspection:
 
 
 def _odd_commits(root: Root, state: State) -> Iterator[Finding]:
-    """Tell of a count of commits that tells nothing; opening the store for writing makes it anew."""
-    with suppress(FileNotFoundError):
-        data, _ = root.read_start(COMMITS, 64)
-        if not read_commits(data, state.store):
-            yield Finding("?", str(root.path / COMMITS), "it does not match its checksum")
-        return
-    yield Finding("?", str(root.path / COMMITS), "it is missing")
+    """Tell of a count of commits that is missing; opening the store for writing makes it anew."""
+    if read_count(root, state.store) == (0, b""):
+        yield Finding("?", str(root.path / COMMITS), "it is missing")
 
 
 def _orphans(root: Root, index: Index) -> list[Finding]:
@@ -167,6 +166,7 @@ def _repair(root: Root, blobs: Blobs) -> Inspection:
     found = _format(root, scan, findings)
     for blob, finding in scan.damaged.items():
         findings.append(Finding(finding.key, finding.file, f"{finding.problem}; moved to {_set_aside(root, blob)}"))
+    _drop_odd_count(root, found.store, findings)
     index = prepare(root) if found.version == 1 else _sound_index(root, found, scan, findings)
     try:
         rows = dict(index.rows)
@@ -216,14 +216,20 @@ def _sound_index(root: Root, found: Format, scan: Scan, findings: list[Finding])
     return index
 
 
+def _drop_odd_count(root: Root, store: str, findings: list[Finding]) -> None:
+    """Remove a damaged count of commits, which opening the store for writing makes anew."""
+    try:
+        read_count(root, store)
+    except CorruptionError as error:
+        root.remove(COMMITS)
+        findings.append(_finding(error, root.path / COMMITS))
+
+
 def _remake(root: Root, store: str, scan: Scan) -> None:
     """Write a new index in the place of one that is damaged; cut short, that leaves one that is still damaged."""
     rows = scan.newest(store)
     generation = max((row.generation for row in rows.values()), default=0) + _LEAP
-    counted = 0
-    with suppress(FileNotFoundError):
-        counted = read_commits(root.read_start(COMMITS, 64)[0], store)
-    new_index(root, State(store, generation, counted + 1), rows.values())
+    new_index(root, State(store, generation, read_count(root, store)[0] + 1), rows.values())
 
 
 def _set_aside(root: Root, blob: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
@@ -15,20 +14,21 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from tierstore.backend import MappedBackend
 from tierstore.entry import Entry
-from tierstore.errors import BudgetError, ModelError, TierStoreError
+from tierstore.errors import ModelError, TierStoreError
 from tierstore.patch.handout import ResidentParameter
+from tierstore.patch.host import StoreHost
 from tierstore.patch.regions import Binding, Region, check_model, find_regions, named_tensors
 from tierstore.patch.restore import give_back_held, move_plain, restore_binding, settle
+from tierstore.patch.room import check_room, largest_owner, smallest
 from tierstore.patch.scope import install_scope, remove_scope
-from tierstore.patch.source import EntrySource, Host, Source, typed_part
+from tierstore.patch.source import typed_part
+from tierstore.patch.stored import EntrySource, StoredSource
 from tierstore.patch.swap import replace_content
 from tierstore.patch.tensor import tiered_class
 from tierstore.patch.wrapper import Wrapper
-from tierstore.spec import TensorSpec, raw_bytes, typed_view
+from tierstore.spec import raw_bytes, typed_view
 from tierstore.store import TieredStore
-from tierstore.writing import Moves
 
 SMALL = 64 << 10  # bytes; tensors up to this size are held where many of them take a small part of the fast tier
 _SHARE_OF_SMALL = 16  # the part is one of so many
@@ -48,39 +48,29 @@ def refuse_attached(roots: Mapping[str, torch.nn.Module]) -> None:
                 raise ModelError(f"{path or type(module).__name__!r} is already under tiered(); leave that `with` first")
 
 
-class Attachment(Host):
+class Attachment(StoreHost):
     """The tie between models and one store, from `attach` to `detach`.
 
     Where everything fits into the fast tier the tensors stay plain and are only counted ("held"): no wrapper, no scope, no
-    cost. Where it does not, the small ones are held, as long as they take a small part of that tier together. `headroom` is
-    the largest number of bytes that one operation has needed or may need at once.
+    cost. Where it does not, the small ones are held, as long as they take a small part of that tier together.
     """
 
     def __init__(self, store: TieredStore, device: torch.device) -> None:
-        self.store = store
-        self.device = device
-        self.headroom = 0
+        super().__init__(store, device)
         self.roots: dict[str, torch.nn.Module] = {}
         self._regions: list[Region] = []
         self._held: dict[Region, Entry] = {}
         self.holds_all = True
         self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-        self._sources: weakref.WeakSet[EntrySource] = weakref.WeakSet()
         self._bound: set[int] = set()
         self._handles: list[RemovableHandle] = []
-        self._unused_keys: deque[str] = deque()
-        self._unreleased: deque[tuple[list[Entry], int]] = deque()
-
-    @property
-    def moves(self) -> Moves:
-        return self.store.moves
 
     # -- in -----------------------------------------------------------------------------------------------------
 
     def attach(self, roots: Mapping[str, torch.nn.Module], progress: Progress = iter) -> None:
         """Move every tensor of `roots` under the store; on failure the models are as they were."""
         regions = find_regions(named_tensors(roots))
-        self._check_room(regions)
+        check_room(self.moves.tiers, regions)
         self.roots = dict(roots)
         try:
             self._take(regions, roots.values(), progress)
@@ -91,32 +81,15 @@ class Attachment(Host):
             register_module_module_registration_hook(self._module_added),
             register_module_parameter_registration_hook(cast(Callable[..., None], self._parameter_added)),  # it may return a tensor
         ]
-
-    def _check_room(self, regions: list[Region]) -> None:
-        """Raise `BudgetError` before anything moves if one tensor, or all of them, can never fit."""
-        budget = self.moves.tiers[0].ledger.budget
-        if budget is not None:
-            largest = max(regions, key=lambda region: region.spec.nbytes, default=None)
-            if largest is not None and largest.spec.nbytes > budget:
-                raise BudgetError(
-                    f"any operation on {largest.name!r}",
-                    tier=self.moves.tiers[0].name,
-                    required_bytes=largest.spec.nbytes,
-                    budget_bytes=budget,
-                )
-        budgets = [tier.ledger.budget for tier in self.moves.tiers]
-        total = sum(region.spec.nbytes for region in regions)
-        if None not in budgets and total > (room := sum(b for b in budgets if b is not None)):
-            names = "+".join(tier.name for tier in self.moves.tiers)
-            raise BudgetError("the model", tier=names, required_bytes=total, budget_bytes=room, hint="raise a budget, or add disk=PATH")
+        self.pressure.begin()
 
     def _take(self, regions: list[Region], modules: Iterable[torch.nn.Module], progress: Progress) -> None:
-        budget = self.moves.tiers[0].ledger.budget
+        budget = self.moves.tiers[0].ledger.limit
         total = sum(region.spec.nbytes for region in (*self._regions, *regions))
         if self.holds_all and budget is not None and total > budget:
             self.holds_all = False
             self.release_held()
-        self._raise_headroom(regions)
+        self.headroom = max(self.headroom, largest_owner((*self._held, *regions)))
         self._regions += regions
         self._bound.update(id(binding.tensor) for region in regions for binding in region.bindings)
         stay = self._staying(regions)
@@ -131,24 +104,11 @@ class Attachment(Host):
 
     def _staying(self, regions: list[Region]) -> dict[Region, None]:
         """Return those of `regions` that are held, smallest first."""
-        budget = self.moves.tiers[0].ledger.budget
+        budget = self.moves.tiers[0].ledger.limit
         if self.holds_all or budget is None:
             return dict.fromkeys(regions)
         room = min(budget // _SHARE_OF_SMALL, budget - 2 * self.headroom) - sum(entry.nbytes for entry in self._held.values())
-        stay: dict[Region, None] = {}
-        for region in sorted(regions, key=lambda region: region.spec.nbytes):
-            room -= region.spec.nbytes
-            if region.spec.nbytes > SMALL or room < 0:
-                break
-            stay[region] = None
-        return stay
-
-    def _raise_headroom(self, regions: list[Region]) -> None:
-        owned: dict[str, int] = {}
-        for region in (*self._held, *regions):
-            for owner in {name.rpartition(".")[0] for binding in region.bindings for name in binding.names}:
-                owned[owner] = owned.get(owner, 0) + region.spec.nbytes
-        self.headroom = max(self.headroom, *owned.values()) if owned else self.headroom
+        return dict.fromkeys(smallest(regions, room, SMALL))
 
     def _tier(self, region: Region) -> None:
         """Copy a region into the store and put TieredTensors in the place of its tensors."""
@@ -157,13 +117,13 @@ class Attachment(Host):
         region.base = None
         self._wrap_all(region, source)
 
-    def _wrap_all(self, region: Region, source: EntrySource) -> None:
+    def _wrap_all(self, region: Region, source: StoredSource) -> None:
         for binding in region.bindings:
             self._wrap(binding, source)
         if region.lone_buffer and region.spec.nbytes <= SMALL:
             region.bindings[0].tensor._copied = True  # type: ignore[attr-defined]
 
-    def _wrap(self, binding: Binding, source: EntrySource) -> None:
+    def _wrap(self, binding: Binding, source: StoredSource) -> None:
         tensor = binding.tensor
         wrapper = tiered_class(binding.kind).wrap(source, self.device, binding.geometry, requires_grad=tensor.requires_grad)
         replace_content(tensor, wrapper)
@@ -208,97 +168,15 @@ class Attachment(Host):
             for module in self._modules:
                 install_scope(module, self)
 
+    def give_way(self) -> bool:
+        held = bool(self._held)
+        self.release_held()
+        return held
+
     def has(self, module: torch.nn.Module) -> bool:
         return module in self._modules
 
     # -- while attached -----------------------------------------------------------------------------------------
-
-    def adopt(self, name: str, tensor: torch.Tensor) -> EntrySource:
-        self._sweep()
-        with self.moves.lock:
-            key = self._free_key(name)
-        with torch.inference_mode(False), torch.no_grad():
-            self.store.fill(key, tensor)
-        with self.moves.lock:
-            source = EntrySource(self, self.moves.entry(key))
-        self._sources.add(source)
-        return source
-
-    def _free_key(self, name: str) -> str:
-        key, number = name, 1
-        while key in self.moves.entries:
-            number += 1
-            key = f"{name}#{number}"
-        return key
-
-    def lease(self, entries: list[Entry], operation: object) -> bool:
-        try:
-            self._lease(entries, operation)
-        except BudgetError:
-            if not self._held:
-                raise
-            self.release_held()
-            self._lease(entries, operation)
-            return True
-        return False
-
-    def _lease(self, entries: list[Entry], operation: object) -> None:
-        moves = self.moves
-        with moves.lock:
-            if len(entries) == 1 and moves.lease_resident(entries[0], 0):
-                moves.pump()  # not when the lease ends: who ends it still refers to what has to leave
-            else:
-                moves.acquire(entries, operation)
-
-    def copy_out(self, source: Source) -> torch.Tensor:
-        mapped = self._mapped(source)
-        if mapped is not None:
-            return mapped
-        entries = list(source.entries())
-        self.lease(entries, "reading")
-        try:
-            plain = source.read()
-            with torch.inference_mode(False), torch.no_grad():
-                return typed_view(raw_bytes(plain).clone(), TensorSpec.of(plain))
-        finally:
-            with self.moves.lock:
-                self.moves.release(entries)
-
-    def _mapped(self, source: Source) -> torch.Tensor | None:
-        """Return a private map of the value where a file holds it: takes no memory, so a whole state dict can be saved."""
-        if self.device.type != "cpu" or not isinstance(source, EntrySource) or source.settled is not None:
-            return None
-        entry = source.entry
-        with self.moves.lock:
-            self.moves.wait_until_idle(entry)
-            self.moves.refresh(entry)
-            for level in sorted(entry.tiers):
-                if isinstance(self.moves.tiers[level].backend, MappedBackend):
-                    return self.moves.tiers[level].backend.get(entry.key)
-        return None
-
-    def forget(self, key: str) -> None:
-        self._unused_keys.append(key)
-
-    def release_later(self, entries: list[Entry], owner: int) -> None:
-        self._unreleased.append((entries, owner))
-
-    def worked_on(self, nbytes: int) -> None:
-        if nbytes > self.headroom:
-            self.headroom = nbytes
-        if self._unused_keys or self._unreleased:
-            self._sweep()
-
-    def _sweep(self) -> None:
-        """Do what finalisers asked for; they may not take the lock themselves."""
-        while self._unreleased:
-            entries, owner = self._unreleased.popleft()
-            with self.moves.lock:
-                self.moves.release(entries, owner)
-        for _ in range(len(self._unused_keys)):
-            key = self._unused_keys.popleft()
-            if not self.moves.closed and key in self.store:
-                del self.store[key]
 
     def _module_added(self, parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
         """A module was put into one of ours: take its tensors too."""
@@ -350,8 +228,9 @@ class Attachment(Host):
     def _place(self, region: Region, tensor: torch.Tensor) -> str:
         if region in self._held or not isinstance(tensor, Wrapper):
             return self.moves.tiers[0].name
-        entries = list(tensor._source.entries())
-        return self.store.tier_of(entries[0].key) if entries else self.moves.tiers[0].name
+        with self.moves.lock:
+            level = max((min(entry.tiers) for entry in tensor._source.entries()), default=0)  # of a divided one the slowest piece
+            return self.moves.tiers[level].name
 
     def keys_of(self, module: torch.nn.Module) -> list[str]:
         """Return the keys of everything that `module` owns, itself or through submodules."""
@@ -374,6 +253,7 @@ class Attachment(Host):
             if isinstance(tensor, Wrapper) and id(tensor) not in self._bound:
                 self._bind(tensor, name)
         bindings = [binding for region in self._regions if region not in self._held for binding in region.bindings]
+        self.moves.engine.gather()
         errors = self._settle_sources(bindings)
         for region, entry in self._held.items():
             give_back_held(region, entry)
@@ -397,10 +277,10 @@ class Attachment(Host):
         for source in list(self._sources):
             try:
                 source.before_write()  # copies still to be made would find no store
-                settle(self.store, source, homes.get(id(source)))
+                settle(source, homes.get(id(source)))
             except (TierStoreError, OSError, RuntimeError, MemoryError) as error:
                 errors.append(error)
         for source in list(self._sources):  # those that the lazy copies turned into
             if source.settled is None and not errors:
-                settle(self.store, source, homes.get(id(source)))
+                settle(source, homes.get(id(source)))
         return errors

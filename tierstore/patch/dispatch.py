@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -153,6 +154,46 @@ def _joined(func: Any, tensors: list[torch.Tensor], dim: int = 0) -> torch.Tenso
 
 
 def _compute(func: Any, op: Op, args: Args, kwargs: Kwargs) -> Any:
+    """Run `func` on plain tensors; once more if the device was out of memory, and nothing is half written."""
+    try:
+        return _compute_once(func, op, args, kwargs)
+    except torch.OutOfMemoryError:
+        if op.written or op.written_names:
+            raise
+    _make_way(func, args, kwargs)  # out here, where nothing refers to the tensors of the first attempt any more
+    return _compute_once(func, op, args, kwargs)
+
+
+def _make_way(func: Any, args: Args, kwargs: Kwargs) -> None:
+    """Let weights leave for an operation that found no memory: as many bytes as it reads and returns, or more."""
+    values = [item for value in (*args, *kwargs.values()) for item in (value if isinstance(value, list | tuple) else [value])]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    nbytes = sum(tensor.nbytes for tensor in tensors) + _bytes_returned(func, args, kwargs)
+    needed: dict[Host, list[Entry]] = {}
+    for wrapper in _wrappers(tensors):
+        if wrapper._source.settled is None:
+            needed.setdefault(wrapper._source.host, []).extend(wrapper._source.entries())
+    for host, entries in needed.items():
+        host.make_way(nbytes, entries)
+
+
+def _bytes_returned(func: Any, args: Args, kwargs: Kwargs) -> int:
+    """Return how many bytes the result of `func` has; 0 if only running it would tell."""
+    with suppress(NotImplementedError, RuntimeError):  # no rule for shapes, or they depend on values
+        result = func(*map(_shapes, args), **{name: _shapes(value) for name, value in kwargs.items()})
+        parts = result if isinstance(result, list | tuple) else [result]
+        return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+    return 0
+
+
+def _shapes(value: Any) -> Any:
+    """Return an operator's argument with tensors that have no bytes."""
+    if isinstance(value, torch.Tensor):
+        return _stand_in(value)
+    return [_shapes(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _compute_once(func: Any, op: Op, args: Args, kwargs: Kwargs) -> Any:
     """Lease what the arguments stand for, run `func` on plain tensors, and record what it wrote."""
     wrappers = _wrappers(args)
     if kwargs:
@@ -162,7 +203,7 @@ def _compute(func: Any, op: Op, args: Args, kwargs: Kwargs) -> Any:
         wrapper._source.before_write()
     held = _acquire(wrappers, func)
     if held is None:
-        return _compute(func, op, args, kwargs)
+        return _compute_once(func, op, args, kwargs)
     try:
         plain = {id(wrapper): wrapper.show(wrapper._source.read()) for wrapper in wrappers}
         if op.custom:

@@ -13,13 +13,15 @@ room that is not.
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
+from collections.abc import Sequence
 from operator import gt
-from typing import Any, cast
 
 import torch
 
+from tierstore.entry import Entry
+from tierstore.patch.references import references
+from tierstore.patch.stored import StoredSource
 from tierstore.patch.swap import own_attributes
 from tierstore.patch.tensor import TieredTensor
 
@@ -28,7 +30,7 @@ class ResidentParameter(torch.nn.Parameter):
     """A parameter over resident bytes. `.data`, whose writes leave no trace, leads to the TieredTensor instead."""
 
     _tiered: weakref.ref[TieredTensor]
-    _key: str
+    _keys: list[str]
 
     @property
     def tiered(self) -> TieredTensor | None:
@@ -47,15 +49,15 @@ class ResidentParameter(torch.nn.Parameter):
             self.tiered.data = value
 
 
-def resident_parameter(tensor: torch.Tensor, value: TieredTensor) -> ResidentParameter:
-    """Return a plain Parameter over `tensor`, the resident bytes of `value`.
+def resident_parameter(source: StoredSource, value: TieredTensor) -> ResidentParameter:
+    """Return a plain Parameter over the resident bytes of `source`, which `value` shows as a whole.
 
     It must not be a view and must have the same `requires_grad`: `matmul` folds differently otherwise, and the last bit
     changes.
     """
-    plain = _plain_over(tensor, requires_grad=value.requires_grad)
+    plain = _plain_over(source.read(), requires_grad=value.requires_grad)
     plain.__dict__.update(own_attributes(value))
-    plain._tiered, plain._key = weakref.ref(value), value._source.name
+    plain._tiered, plain._keys = weakref.ref(value), source.keys
     return plain
 
 
@@ -67,8 +69,10 @@ def _plain_over(tensor: torch.Tensor, *, requires_grad: bool) -> ResidentParamet
 class ReadableParameter:
     """A `Handout`: reads of one TieredTensor find `plain` as its `_kept`, without a lease."""
 
-    def __init__(self, plain: ResidentParameter) -> None:
+    def __init__(self, plain: ResidentParameter, source: StoredSource) -> None:
         self._plain = plain
+        self._tensors = source.tensors
+        self.entries: Sequence[Entry] = source.stored
 
     def stands_for(self, value: TieredTensor) -> ResidentParameter | None:
         """Return the plain tensor if it is that of `value` as it is now."""
@@ -95,22 +99,23 @@ class ReadableParameter:
 
     def used(self) -> bool:
         """True if anybody has the plain tensor or a view of it; to be asked while readers cannot get it."""
-        return any(map(gt, self.references(), _our_references()))
+        return any(map(gt, references(self._plain), _our_references(self._tensors)))
 
-    def references(self) -> tuple[int, ...]:
-        """Return how often the plain tensor is referred to from Python and from C++, and its storage likewise."""
-        plain = cast(Any, self._plain)  # the counters are not in torch's stubs
-        storage = plain.untyped_storage()
-        return (
-            sys.getrefcount(plain),
-            plain._use_count(),
-            torch._C._storage_Use_Count(storage._cdata),
-            sys.getrefcount(storage),
-        )
+
+class _Unused:
+    """Refers to a plain tensor as a `ReadableParameter` does."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._plain = _plain_over(tensor, requires_grad=False)
 
 
 @functools.cache
-def _our_references() -> tuple[int, ...]:
-    """Return the counts of a handout that nobody uses: measured, since releases of Python and torch may differ."""
-    resident = torch.zeros(1)
-    return ReadableParameter(_plain_over(resident, requires_grad=False)).references()
+def _our_references(tensors: int) -> tuple[int, ...]:
+    """Return the counts of a handout that nobody uses, over memory that `tensors` of the store's own refer to.
+
+    Measured, since releases of Python and torch may differ.
+    """
+    resident = [torch.zeros(1)]
+    resident += [resident[0].detach() for _ in range(tensors - 1)]
+    unused = _Unused(resident[0])
+    return references(unused._plain)

@@ -8,12 +8,13 @@ import warnings
 import torch
 
 from tierstore.entry import Entry
+from tierstore.patch.maps import complete
 from tierstore.patch.regions import Binding, Region
-from tierstore.patch.source import EntrySource, typed_part
+from tierstore.patch.source import typed_part
+from tierstore.patch.stored import DividedSource, StoredSource
 from tierstore.patch.swap import replace_content
 from tierstore.patch.wrapper import Wrapper
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
-from tierstore.store import TieredStore
 
 
 def move_plain(tensor: torch.Tensor, part: torch.Tensor) -> None:
@@ -24,21 +25,26 @@ def move_plain(tensor: torch.Tensor, part: torch.Tensor) -> None:
         tensor.grad = gradient.to(part.device)
 
 
-def settle(store: TieredStore, source: EntrySource, device: torch.device | None) -> None:
+def settle(source: StoredSource, device: torch.device | None) -> None:
     """Give `source` its final plain tensor, on `device`, unless it has it.
 
     Bytes in memory are handed over, files are mapped: nothing is doubled.
     """
-    if source.settled is not None:
-        return
-    moves = store.moves
+    if source.settled is None:
+        tensor = complete(source) if isinstance(source, DividedSource) else _newest(source)
+        if device is not None and tensor.device != device:
+            tensor = typed_view(raw_bytes(tensor).to(device), source.spec)
+        source.settled = tensor
+
+
+def _newest(source: StoredSource) -> torch.Tensor:
+    moves, (entry,) = source.host.store.moves, source.stored
     with moves.lock:
-        moves.wait_until_idle(source.entry)
-        level = min(source.entry.tiers)
-    tensor = moves.tiers[level].backend.get(source.entry.key)
-    if device is not None and tensor.device != device:
-        tensor = typed_view(raw_bytes(tensor).to(device), source.spec)
-    source.settled = tensor
+        moves.wait_until_idle(entry)
+        level = min(entry.tiers)
+        if entry.ready is not None:
+            entry.ready.wait()
+    return moves.tiers[level].backend.get(entry.key)
 
 
 def restore_binding(binding: Binding) -> bool:

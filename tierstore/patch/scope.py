@@ -24,11 +24,11 @@ import torch
 from torch import is_grad_enabled
 from torch.compiler import is_compiling
 
-from tierstore.entry import Entry
 from tierstore.patch.buffers import BufferCopies, ScopedBuffers, copied_for_calls
 from tierstore.patch.handout import ReadableParameter, ResidentParameter, resident_parameter
-from tierstore.patch.lookup import LARGE
-from tierstore.patch.source import EntrySource
+from tierstore.patch.lookup import may_be_looked_up
+from tierstore.patch.pressure import Pressure
+from tierstore.patch.stored import StoredSource
 from tierstore.patch.tensor import TieredTensor
 from tierstore.writing import Moves
 
@@ -36,12 +36,14 @@ _MOST_NOTED = 512  # uses without a lease that are told to the policy at once
 
 
 class Room(Protocol):
-    """What a scope asks its session: the mover of its store, and how many bytes leases must leave free."""
+    """What a scope asks its session: the mover of its store, how many bytes leases must leave free, and what to tell of its calls."""
 
     @property
     def moves(self) -> Moves: ...
     @property
     def headroom(self) -> int: ...
+    @property
+    def pressure(self) -> Pressure: ...
 
 
 class Scope:
@@ -53,6 +55,7 @@ class Scope:
     def __init__(self, module: torch.nn.Module, room: Room) -> None:
         self.inside: dict[int, Frame | None] = {}
         self.noted = room.moves.noted
+        self.computing = room.moves.engine.computing
         self.copies_buffers = False
         self._module = weakref.ref(module)
         self._room = room
@@ -74,6 +77,7 @@ class Scope:
             elif len(self.noted) > _MOST_NOTED:
                 with self._room.moves.lock:
                     self._room.moves.catch_up()
+                self._room.pressure.look()
 
     def read(self, value: TieredTensor, neighbours: Iterable[object]) -> torch.Tensor:
         """Return the plain tensor of `value` if it can be leased for this thread's call, else `value`."""
@@ -94,13 +98,13 @@ class Scope:
 class Frame:
     """The leases of one call, and what was handed out under them; and its buffers."""
 
-    __slots__ = ("_entries", "_plain", "_room", "copies")
+    __slots__ = ("_plain", "_room", "_sources", "copies")
 
     def __init__(self, room: Room) -> None:
         self.copies = BufferCopies()
         self._room = room
         self._plain: dict[int, ResidentParameter] = {}  # by the id of the TieredTensor
-        self._entries: list[Entry] = []  # in the same order
+        self._sources: list[StoredSource] = []  # in the same order
 
     def hand_out(self, value: TieredTensor, neighbours: Iterable[object]) -> torch.Tensor:
         """Lease `value`'s entry and return the plain tensor in its place; `value` itself where that cannot be.
@@ -110,35 +114,47 @@ class Frame:
         plain = self._plain.get(id(value))
         if plain is not None:
             return plain if plain.requires_grad == value.requires_grad else value
-        entry = _entry_behind(value)
-        if entry is None or (not entry.resident and entry.looked_up is not False and entry.nbytes >= LARGE):
-            return value  # what is done with it may need a few rows only
+        source = _source_behind(value)
+        if source is None or may_be_looked_up(source):
+            return value  # what is done with it may need a few rows only, which is no reason to keep it
         room = self._room
         moves = room.moves
         with moves.lock:
-            resident = moves.lease_resident(entry, room.headroom)
-            if not resident and not moves.acquire([entry], "a module scope", headroom=room.headroom, wait=False):
+            if not self._lease(source):
                 return value
-            plain = self._show(entry, value)
-            if len(self._entries) == 1:
+            plain = self._show(source, value)
+            if len(self._plain) == 1:
                 self._lease_resident(neighbours)
         return plain
 
+    def _lease(self, source: StoredSource) -> bool:
+        """Lease what holds a value; False if that cannot be now. Whoever meets the TieredTensor instead makes room in memory for it."""
+        moves, headroom, entries = self._room.moves, self._room.headroom, source.stored
+        if len(entries) == 1 and moves.lease_resident(entries[0], headroom):
+            return True
+        try:
+            return moves.acquire(entries, "a module scope", headroom=headroom, wait=False)
+        except torch.OutOfMemoryError:
+            return False
+
     def _lease_resident(self, values: Iterable[object]) -> None:
         for value in values:
-            if type(value) is TieredTensor and id(value) not in self._plain and value._kept is None:
-                entry = _entry_behind(value)
-                if entry is not None and self._room.moves.lease_resident(entry, self._room.headroom):
-                    self._show(entry, value)
+            if type(value) is not TieredTensor or id(value) in self._plain or value._kept is not None:
+                continue
+            source = _source_behind(value)
+            if source is None or len(source.stored) > 1:
+                continue
+            if self._room.moves.lease_resident(source.stored[0], self._room.headroom):
+                self._show(source, value)
 
-    def _show(self, entry: Entry, value: TieredTensor) -> ResidentParameter:
-        handout = entry.handout
+    def _show(self, source: StoredSource, value: TieredTensor) -> ResidentParameter:
+        handout = source.stored[0].handout
         kept = handout.stands_for(value) if isinstance(handout, ReadableParameter) else None
         if kept is None:
-            self._room.moves.withdraw(entry)
-        assert entry.tensor is not None
-        plain = self._plain[id(value)] = resident_parameter(entry.tensor, value) if kept is None else kept
-        self._entries.append(entry)
+            for entry in source.stored:
+                self._room.moves.withdraw(entry)
+        plain = self._plain[id(value)] = resident_parameter(source, value) if kept is None else kept
+        self._sources.append(source)
         return plain
 
     def close(self) -> None:
@@ -149,34 +165,39 @@ class Frame:
             self._give_back()
 
     def _give_back(self) -> None:
-        if not self._entries:
+        if not self._sources:
             return
         moves = self._room.moves
         with moves.lock:
-            for entry, identity in zip(self._entries, list(self._plain), strict=True):
-                moves.refresh(entry)
-                self._keep(entry, ReadableParameter(self._plain.pop(identity)))  # or it would live on when it has to leave
-            moves.release(self._entries)
+            for source, identity in zip(self._sources, list(self._plain), strict=True):
+                for entry in source.stored:
+                    moves.refresh(entry)
+                self._keep(ReadableParameter(self._plain.pop(identity), source))  # or it would live on when it has to leave
+            moves.release(entry for source in self._sources for entry in source.stored)
             moves.pump()
+        self._room.pressure.tick()
 
-    def _keep(self, entry: Entry, handout: ReadableParameter) -> None:
+    def _keep(self, handout: ReadableParameter) -> None:
         """Hand the plain tensor out for good from its second call on, in one stay in the fast tier, if nobody has it now.
 
         What is streamed is used once, and then keeping it would only scatter small objects over the heap.
         """
-        moves, room = self._room.moves, self._room
-        if not entry.shown:
+        moves, entries = self._room.moves, handout.entries
+        again = all(entry.shown for entry in entries)
+        for entry in entries:
             entry.shown = True
-        elif entry.handout is None and moves.may_hand_out(entry.nbytes, room.headroom) and not handout.used():
-            moves.hand_out(entry, handout)
+        if not again or any(entry.handout is not None for entry in entries):
+            return
+        if moves.may_hand_out(sum(entry.nbytes for entry in entries), self._room.headroom) and not handout.used():
+            moves.hand_out(handout)
             handout.give()
 
 
-def _entry_behind(value: TieredTensor) -> Entry | None:
-    """Return the entry that `value` shows as a whole; None where a plain tensor cannot stand in its place."""
+def _source_behind(value: TieredTensor) -> StoredSource | None:
+    """Return the source that `value` shows as a whole; None where a plain tensor cannot stand in its place."""
     source = value._source
-    if value._whole and type(source) is EntrySource and source.settled is None and not source.has_pending_copies:
-        return source.entry
+    if value._whole and isinstance(source, StoredSource) and source.settled is None and not source.has_pending_copies:
+        return source
     return None
 
 
@@ -198,7 +219,8 @@ class ScopedParameters(dict[str, Any]):
         plain: ResidentParameter | None = value._kept
         if plain is None:
             return scope.read(value, self.values())
-        scope.noted.append(plain._key)
+        scope.noted.extend(plain._keys)
+        scope.computing()  # while `plain` keeps the bytes from leaving
         return plain
 
     def __setitem__(self, name: str, value: Any) -> None:

@@ -96,7 +96,7 @@ class Host(ABC):
     store: TieredStore
 
     @abstractmethod
-    def adopt(self, name: str, tensor: torch.Tensor) -> EntrySource:
+    def adopt(self, name: str, tensor: torch.Tensor) -> Source:
         """Put a plain tensor into the store and return what stands for it."""
 
     @abstractmethod
@@ -107,12 +107,16 @@ class Host(ABC):
         """
 
     @abstractmethod
+    def make_way(self, nbytes: int, entries: list[Entry]) -> None:
+        """An operation on `entries` found no memory on the device: let `nbytes` of others leave, and leave that room free."""
+
+    @abstractmethod
     def copy_out(self, source: Source) -> torch.Tensor:
         """Return the value of `source` as a plain tensor that the store does not own."""
 
     @abstractmethod
-    def forget(self, key: str) -> None:
-        """No source stands for the entry of `key` any more. May be called from a finaliser, with any lock held."""
+    def forget(self, keys: list[str]) -> None:
+        """No source stands for the entries of `keys` any more. May be called from a finaliser, with any lock held."""
 
     @abstractmethod
     def release_later(self, entries: list[Entry], owner: int) -> None:
@@ -121,55 +125,6 @@ class Host(ABC):
     @abstractmethod
     def worked_on(self, nbytes: int) -> None:
         """One operation needed `nbytes` at once."""
-
-
-class EntrySource(Source):
-    """One entry of a store."""
-
-    def __init__(self, host: Host, entry: Entry) -> None:
-        super().__init__(entry.spec)
-        self._host = host
-        self.entry = entry
-        self.finalizer = weakref.finalize(self, host.forget, entry.key)
-        self.finalizer.atexit = False
-
-    @property
-    def host(self) -> Host:
-        return self._host
-
-    @property
-    def name(self) -> str:
-        return self.entry.key
-
-    def entries(self) -> Iterable[Entry]:
-        return () if self.settled is not None else (self.entry,)
-
-    def copied_lazily(self, copy: CopySource) -> None:
-        """Remember a copy that waits, unless somebody has the plain tensor: whose writes would come without a warning."""
-        super().copied_lazily(copy)
-        moves = self._host.store.moves
-        with moves.lock:
-            apart = not self.entry.leases and moves.withdraw(self.entry)
-        if not apart:
-            copy.materialise()
-
-    def version(self) -> int:
-        if self.settled is None:
-            moves = self._host.store.moves
-            with moves.lock:
-                moves.refresh(self.entry)
-        return self.entry.version
-
-    def read(self) -> torch.Tensor:
-        tensor = self.settled if self.settled is not None else self.entry.tensor
-        assert tensor is not None, self.entry.key
-        return tensor
-
-    def after_write(self) -> None:
-        if self.settled is None:
-            store = self._host.store
-            with store.moves.lock:
-                store.moves.outdate(self.entry)
 
 
 class CopySource(Source):
@@ -183,7 +138,7 @@ class CopySource(Source):
         super().__init__(spec)
         self._original: Source | None = original
         self._make = make
-        self._own: EntrySource | None = None
+        self._own: Source | None = None
         self._name = name
         self._host = original.host
         original.copied_lazily(self)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from tierstore.errors import TierStoreError
 from tierstore.planning.classic import FIFO, LRU, MRU
 from tierstore.planning.frequency import TinyLFU
-from tierstore.planning.planned import Schedule
+from tierstore.planning.lane import Lane
 from tierstore.planning.policy import Policy, PolicyFactory
+from tierstore.planning.schedule import Schedule
 
 
 class Auto:
@@ -16,7 +17,7 @@ class Auto:
         self._schedule = Schedule()
 
     def __call__(self) -> Policy:
-        return self._schedule.lane()
+        return Lane(self._schedule)
 
 
 _NAMED: dict[str, PolicyFactory] = {"lru": LRU, "fifo": FIFO, "mru": MRU, "tinylfu": TinyLFU}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from tierstore.planning.plan import Plan
 
@@ -12,7 +12,8 @@ class Policy(ABC):
     """Orders the keys of one tier by how soon they should leave it.
 
     Every use of a key is told exactly once, by `access` or `access_all`: in the fastest tier by whoever asked for it, in others by the tier
-    above. Where the use brought the key in, `insert` comes first and `access` right after it; a prefetch is an `insert` alone.
+    above. Where the use brought the key in, `insert` comes first and `access` as soon as all that is used with it has come in;
+    a prefetch is an `insert` alone.
     A policy only orders: nothing is refused admission, so what it would not have admitted is its first victim. It is not told
     the tier's size; one that needs it takes the most bytes it saw at once.
 
@@ -54,6 +55,10 @@ class Foresight(Policy):
         """Return the bytes that one repetition would bring into the tier with another budget; None as long as nothing is known."""
 
     @abstractmethod
+    def together(self, keys: Sequence[str]) -> None:
+        """`keys` are about to be used at once, and must all be in the tier for that."""
+
+    @abstractmethod
     def wanted(self) -> str | None:
         """Return the key to bring into the tier next, the one used soonest of those missing; None to wait."""
 
@@ -64,6 +69,14 @@ class Foresight(Policy):
     @abstractmethod
     def budget(self, nbytes: int | None) -> None:
         """Take note of the tier's budget; told before anything else and on each change."""
+
+    @abstractmethod
+    def timed(self, now: Callable[[], float]) -> None:
+        """Take note of the clock, in seconds, by which uses are timed; told once, before any."""
+
+    @abstractmethod
+    def waited(self, seconds: float) -> None:
+        """Since the last use so many seconds went by in which nothing was computed."""
 
 
 PolicyFactory = Callable[[], Policy]

@@ -253,7 +253,7 @@ def _check_memory(backend: Backend) -> None:
 
 def _check_allocate(backend: MemoryBackend, spec: TensorSpec, name: str) -> None:
     with _rule("allocate", name):
-        first, second = backend.allocate(spec), backend.allocate(spec)
+        first, second = backend.allocate("a", spec), backend.allocate("b", spec)
         place = raw_bytes(first).fill_(1), raw_bytes(second).fill_(0)
     _require(TensorSpec.of(first) == spec, "allocate", f"asked for {spec}, got {TensorSpec.of(first)}")
     _require(first.device.type == backend.device.type, "allocate", f"the memory is on {first.device}, device is {backend.device}")

@@ -1,4 +1,4 @@
-"""What a disk may look like after the power went: records the file calls of a workload, and builds the states a crash can leave.
+"""What a disk may look like after the power went: builds the states that a crash can leave after each call of a recording.
 
 The rules are those that file systems promise, and no more. What was written to a file since it was last flushed is there or
 not for each sector of 512 bytes by itself, and so is each change of its length. What has happened to a name since its
@@ -8,237 +8,14 @@ taken as it is at that moment, and in the middle of a commit with any of the log
 
 from __future__ import annotations
 
-import os
 import random
-import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tierstore.file_system import FileSystem
+from tierstore.testing.recording import DATABASE, Bind, Database, Node, Op, Parts, Recorder, Resize, Sync, Write
 
 SECTOR = 512  # bytes
-DATABASE = ("index.sqlite", "index.sqlite-wal")
-
-Parts = dict[str, bytes]
-
-
-@dataclass(eq=False)
-class Node:
-    """A file or a directory, whatever it is called."""
-
-    folder: bool = False
-
-
-@dataclass(frozen=True)
-class Write:
-    node: Node
-    offset: int
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Resize:
-    node: Node
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Sync:
-    node: Node
-
-
-@dataclass(frozen=True)
-class Bind:
-    """A name in a directory refers to `node` from now on, or to nothing; with a rename, `old` ends at the same time."""
-
-    folder: Node
-    name: str
-    node: Node | None
-    old: str | None = None
-
-
-@dataclass(frozen=True)
-class Database:
-    """The files of the database changed; `torn` if a crash may come in the middle."""
-
-    parts: Parts
-    torn: bool
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Something that the workload says."""
-
-    text: str
-
-
-Op = Write | Resize | Sync | Bind | Database | Mark
-
-
-class Recorder(FileSystem):
-    """The real file system, which writes down what happens below `root`; what is there already is on the device.
-
-    Not for several threads at once. `end` it after the last call.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.log: list[Op] = []
-        self.root = Node(folder=True)
-        self._path = root
-        self._before: dict[Node, bytes] = {}
-        self._tree: dict[Node, dict[str, Node]] = {}
-        self._scan(self.root, root)
-        self._names_before = {node: dict(names) for node, names in self._tree.items()}
-        self._open: dict[int, Node] = {}
-        self._size: dict[Node, int] = {}
-        self._peeked: dict[tuple[str, int], int] = {}
-        self._parts: Parts = {}
-
-    def mark(self, text: str) -> None:
-        self._note(Mark(text))
-
-    def disk(self) -> Disk:
-        """Return what was on the device at first."""
-        return Disk(self.root, dict(self._before), {node: dict(names) for node, names in self._names_before.items()})
-
-    def end(self) -> None:
-        """See what the database has become, and let go of it."""
-        self._look_at_database(torn=False)
-        for descriptor in self._peeked.values():
-            os.close(descriptor)
-
-    def open(self, name: str, flags: int, *, folder: int | None = None, mode: int = 0o666) -> int:
-        descriptor = super().open(name, flags, folder=folder, mode=mode)
-        place = self._place(name, folder)
-        if isinstance(place, Node):
-            self._open[descriptor] = place
-        elif place is not None:
-            parent, last = place
-            if last not in self._tree[parent]:
-                self._bind(parent, last, Node())
-            self._open[descriptor] = self._tree[parent][last]
-        return descriptor
-
-    def open_unnamed(self, folder: int) -> int:
-        descriptor = super().open_unnamed(folder)
-        self._open[descriptor] = Node()
-        return descriptor
-
-    def close(self, descriptor: int) -> None:
-        super().close(descriptor)
-        self._open.pop(descriptor, None)
-
-    def write(self, descriptor: int, data: memoryview, offset: int) -> int:
-        count = super().write(descriptor, data, offset)
-        node = self._open[descriptor]
-        self._size[node] = max(self._size.get(node, 0), offset + count)
-        self._note(Write(node, offset, bytes(data[:count])))
-        return count
-
-    def reserve(self, descriptor: int, offset: int, nbytes: int) -> bool:
-        done = super().reserve(descriptor, offset, nbytes)
-        node = self._open[descriptor]
-        if done and offset + nbytes > self._size.get(node, 0):
-            self._resize(node, offset + nbytes)
-        return done
-
-    def truncate(self, descriptor: int, nbytes: int) -> None:
-        super().truncate(descriptor, nbytes)
-        self._resize(self._open[descriptor], nbytes)
-
-    def sync(self, descriptor: int) -> None:
-        super().sync(descriptor)
-        if descriptor in self._open:
-            self._note(Sync(self._open[descriptor]))
-
-    def link(self, descriptor: int, folder: int, name: str) -> None:
-        super().link(descriptor, folder, name)
-        self._bind(self._open[folder], name, self._open[descriptor])
-
-    def rename(self, folder: int, old: str, new: str) -> None:
-        super().rename(folder, old, new)
-        parent = self._open[folder]
-        node = self._tree[parent].pop(old)
-        self._tree[parent][new] = node
-        self._note(Bind(parent, new, node, old))
-
-    def unlink(self, folder: int, name: str) -> None:
-        super().unlink(folder, name)
-        parent, last = self._split(name, self._open[folder])
-        if last in self._tree[parent]:  # not one of SQLite's
-            self._bind(parent, last, None)
-
-    def make_folder(self, folder: int, name: str) -> None:
-        super().make_folder(folder, name)
-        if folder in self._open:
-            parent, last = self._split(name, self._open[folder])
-            node = Node(folder=True)
-            self._tree[node] = {}
-            self._bind(parent, last, node)
-
-    def commit(self, database: sqlite3.Connection) -> None:
-        self._look_at_database(torn=False)
-        super().commit(database)
-        self._look_at_database(torn=True)
-
-    def _scan(self, node: Node, path: Path) -> None:
-        names = self._tree[node] = {}
-        for child in path.iterdir():
-            names[child.name] = Node(folder=child.is_dir())
-            if child.is_dir():
-                self._scan(names[child.name], child)
-            else:
-                self._before[names[child.name]] = child.read_bytes()
-
-    def _place(self, name: str, folder: int | None) -> Node | tuple[Node, str] | None:
-        """Return what an open name refers to: a node, or an entry of a directory; None if it lies elsewhere."""
-        if name.startswith("/proc/self/fd/"):
-            return self._open.get(int(name.rpartition("/")[2]))
-        if folder is not None:
-            return self._split(name, self._open[folder]) if folder in self._open else None
-        path = Path(name)
-        if path == self._path:
-            return self.root
-        return self._split(str(path.relative_to(self._path)), self.root) if path.is_relative_to(self._path) else None
-
-    def _split(self, name: str, node: Node) -> tuple[Node, str]:
-        *folders, last = name.split("/")
-        for part in folders:
-            node = self._tree[node][part]
-        return node, last
-
-    def _bind(self, folder: Node, name: str, node: Node | None) -> None:
-        if node is None:
-            del self._tree[folder][name]
-        else:
-            self._tree[folder][name] = node
-        self._note(Bind(folder, name, node))
-
-    def _resize(self, node: Node, nbytes: int) -> None:
-        self._size[node] = nbytes
-        self._note(Resize(node, nbytes))
-
-    def _note(self, op: Op) -> None:
-        self._look_at_database(torn=False)
-        self.log.append(op)
-
-    def _look_at_database(self, *, torn: bool) -> None:
-        parts = {name: data for name in DATABASE if (data := self._peek(name)) is not None}
-        if parts != self._parts:
-            self._parts = parts
-            self.log.append(Database(parts, torn))
-
-    def _peek(self, name: str) -> bytes | None:
-        """Read a file of the database without closing it afterwards, which would take SQLite's locks away."""
-        path = self._path / name
-        if not path.exists():
-            return None
-        place = name, path.stat().st_ino
-        if place not in self._peeked:
-            self._peeked[place] = os.open(path, os.O_RDONLY)
-        return os.pread(self._peeked[place], 1 << 26, 0)
-
 
 Keep = Callable[[], bool]
 
@@ -262,11 +39,10 @@ class Disk:
         elif isinstance(op, Database):
             self.parts = op.parts
         elif isinstance(op, Sync):
-            keep_all: Keep = lambda: True  # noqa: E731
             if op.node.folder:
-                self.names[op.node] = self.names_with(op.node, keep_all)
+                self.names[op.node] = self.names_with(op.node, _always)
             else:
-                self.files[op.node] = self.bytes_with(op.node, keep_all)
+                self.files[op.node] = self.bytes_with(op.node, _always)
             self.pending.pop(op.node, None)
 
     def bytes_with(self, node: Node, keep: Keep) -> bytes:
@@ -314,9 +90,9 @@ def crash_states(recorder: Recorder, rng: random.Random, chosen: int) -> Iterato
 
     Those are: everything kept (the process alone died), nothing kept that was not flushed, and `chosen` others at random.
     """
-    disk = recorder.disk()
+    disk = Disk(recorder.root, *recorder.before())
     for made in range(len(recorder.log) + 1):
-        yield made, lambda place: disk.write_to(place, lambda: True)
+        yield made, lambda place: disk.write_to(place, _always)
         yield made, lambda place: disk.write_to(place, lambda: False)
         for _ in range(chosen):
             share = rng.choice((0.1, 0.5, 0.9))
@@ -329,6 +105,10 @@ def crash_states(recorder: Recorder, rng: random.Random, chosen: int) -> Iterato
                 parts = _torn(disk.parts, op.parts, rng)
                 yield made, lambda place, parts=parts: disk.write_to(place, lambda: rng.random() < 0.5, parts)  # type: ignore[misc]
         disk.apply(op)
+
+
+def _always() -> bool:
+    return True
 
 
 def _write_sectors(data: bytearray, op: Write, keep: Keep) -> None:

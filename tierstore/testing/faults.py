@@ -174,8 +174,8 @@ class MemoryWrapper(Wrapper, MemoryBackend):
         self.interference.around("adopt", key, self.inner)
         self.inner.adopt(key, tensor)
 
-    def allocate(self, spec: TensorSpec) -> torch.Tensor:
-        return self.inner.allocate(spec)
+    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
+        return self.inner.allocate(key, spec)
 
     def trim(self) -> None:
         self.inner.trim()

@@ -109,7 +109,7 @@ class SimulatedEngine(Engine):
         target = transfer.target
         memory: torch.Tensor | None = None
         if isinstance(target, MemoryBackend):
-            memory = target.allocate(transfer.spec)
+            memory = target.allocate(transfer.key, transfer.spec)
             raw_bytes(memory).fill_(POISON)
             target.adopt(transfer.key, memory)
         ends = self._ends(transfer)
@@ -139,6 +139,8 @@ class SimulatedEngine(Engine):
         done(error)
 
     def carry(self, transfer: Transfer) -> None:
+        if transfer.ready is not None:
+            transfer.ready.wait()
         ends = self._ends(transfer)
         self.clock.advance(ends - self.clock.now)
         error = self._fault(transfer)

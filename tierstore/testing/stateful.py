@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tierstore.registry import open_backend
+from tierstore.store import TieredStore
 from tierstore.testing.faults import Call, Moment
-from tierstore.testing.twin import MakeTiers, Twin
+from tierstore.testing.twin import MakeStore, MakeTiers, Twin
 from tierstore.testing.values import LAYOUTS, make_value
 from tierstore.tier import Tier
 
@@ -214,11 +215,11 @@ class Driven:
         return f"{self.steps} steps in {self.seconds:.1f} s ({self.steps / self.seconds:.0f}/s), {self.evictions} evictions; {counts}"
 
 
-def drive(steps: int, seed: int, make_tiers: MakeTiers = memory_only, policy: str = "lru") -> Driven:
+def drive(steps: int, seed: int, make_tiers: MakeTiers = memory_only, policy: str = "lru", make_store: MakeStore = TieredStore) -> Driven:
     """Do `steps` random operations on a store, checking after each; raise `AssertionError` with the step."""
     rng, started = random.Random(seed), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tierstore-drive-") as directory:
-        twin = Twin(make_tiers, Path(directory), policy)
+        twin = Twin(make_tiers, Path(directory), policy, make_store)
         try:
             for key in KEYS:
                 twin.put(key, _random_tensor(rng))

@@ -22,6 +22,9 @@ from tierstore.tier import Tier
 MakeTiers = Callable[[Path], Sequence[Tier]]
 """Returns the tiers of a store; called again on the same directory to reopen it."""
 
+MakeStore = Callable[[Sequence[Tier], str], TieredStore]
+"""Returns a store over tiers, with a policy by name."""
+
 
 @dataclass
 class Held:
@@ -39,8 +42,9 @@ class Twin:
     raises, the dict stays as it was, and the next check finds out whether the store did too.
     """
 
-    def __init__(self, make_tiers: MakeTiers, directory: Path, policy: str = "lru") -> None:
+    def __init__(self, make_tiers: MakeTiers, directory: Path, policy: str = "lru", make_store: MakeStore = TieredStore) -> None:
         self._make_tiers = make_tiers
+        self._make_store = make_store
         self._policy = policy
         self._directory = directory
         self.expected: dict[str, tuple[TensorSpec, bytes]] = {}
@@ -54,7 +58,7 @@ class Twin:
         self.highest = [tier.ledger.budget for tier in tiers]  # a budget may shrink below an earlier peak
         for tier, faults in zip(tiers, self.faults, strict=True):
             tier.backend = wrap(tier.backend, faults)
-        self.store = TieredStore(tiers, self._policy)
+        self.store = self._make_store(tiers, self._policy)
 
     @property
     def persistent(self) -> bool:

@@ -105,7 +105,7 @@ class _Job:
         self._error: BaseException | None = None
         self._file: Readable | None = None
         try:
-            self._file = extent.file if extent.file is not None and extent.file.share() else OpenFile(extent.path)
+            self._file = OpenFile.of(extent.path, extent.file)
         except OSError as error:
             self._error = error.with_traceback(None)
 
@@ -115,8 +115,8 @@ class _Job:
             return
         part = self._memory[start:stop]
         self._file.read(part, self.extent.offset + start)
-        if self.extent.proof is not None and part:
-            self.extent.proof.check(start, part)
+        if part:
+            self.extent.check(start, part)
 
     def end(self, error: BaseException | None) -> None:
         """Count one request as ended; the last one closes the file and reports."""
@@ -127,8 +127,6 @@ class _Job:
                 return
         if self._file is not None:
             self._file.close()
-        if self._error is None and self.extent.proof is not None:
-            self.extent.proof.passed()
         self._memory = memoryview(b"")  # who is told may evict the value before this job is gone, and needs its memory
         self._done(self._error)
 

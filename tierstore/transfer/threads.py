@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import torch
 
@@ -14,7 +14,7 @@ from tierstore.spec import raw_bytes
 from tierstore.transfer.engine import Arrived, Done, Engine, Transfer, copy_value
 from tierstore.transfer.reader import Reader
 
-_WORKERS = 4
+WORKERS = 4
 
 
 class ThreadEngine(Engine):
@@ -31,10 +31,10 @@ class ThreadEngine(Engine):
     a few megabytes: so there is one thread from beginning to end, and as few system calls as there can be.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reader: Reader | None = None) -> None:
         self._lock = threading.Lock()
         self._pools: dict[str, ThreadPoolExecutor] = {}
-        self._reader = Reader()
+        self._reader = Reader() if reader is None else reader
 
     def carry(self, transfer: Transfer) -> None:
         copy_value(transfer)
@@ -45,9 +45,9 @@ class ThreadEngine(Engine):
             read = _FileRead(transfer, source, target, done)
             self._reader.begin(read.prepare, read.landed)
         else:
-            self._pool("copy", _WORKERS).submit(self._work, transfer, done)
+            self._pool("copy", WORKERS).submit(self._work, transfer, done)
 
-    def _pool(self, name: str, threads: int) -> ThreadPoolExecutor:
+    def _pool(self, name: str, threads: int) -> Executor:
         with self._lock:
             if name not in self._pools:
                 self._pools[name] = ThreadPoolExecutor(threads, thread_name_prefix=f"tierstore-{name}")
@@ -69,11 +69,15 @@ class ThreadEngine(Engine):
         return time.perf_counter()
 
     def close(self) -> None:
-        with self._lock:
-            pools, self._pools = list(self._pools.values()), {}
-        for pool in pools:
-            pool.shutdown(wait=True)
+        self._end("copy")
         self._reader.close()
+
+    def _end(self, name: str) -> None:
+        """End the threads of a pool after all that was submitted to it."""
+        with self._lock:
+            pool = self._pools.pop(name, None)
+        if pool is not None:
+            pool.shutdown(wait=True)
 
 
 class _FileRead:
@@ -88,7 +92,7 @@ class _FileRead:
 
     def prepare(self) -> tuple[FileExtent, torch.Tensor]:
         extent = self._source.extent(self._transfer.key)
-        self._tensor = self._target.allocate(self._transfer.spec)
+        self._tensor = self._target.allocate(self._transfer.key, self._transfer.spec)
         return extent, raw_bytes(self._tensor)
 
     def landed(self, error: BaseException | None) -> None:

@@ -1,0 +1,106 @@
+"""RAM in which the CPU computes: values may lie in pieces that come and go by themselves."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tierstore.backend import DivisibleBackend, FileExtent
+from tierstore.backends._spans import UNIT, Place, Spans, System, addresses
+from tierstore.backends.memory import DeviceBackend
+from tierstore.open_file import PAGE, OpenFile
+from tierstore.spec import TensorSpec, typed_view
+
+_WASTE = 32  # the last huge page of a divided value may stand for one in so many of its bytes
+
+
+class RamBackend(DeviceBackend, DivisibleBackend):
+    """Keeps tensors in RAM. What is live and what is kept for later is never more than the most that was ever live at once."""
+
+    piece_bytes = 8 << 20
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self._spans = Spans()
+        self._places: dict[str, Place] = {}
+        self._pieces: dict[int, list[str]] = {}  # their keys, by the address of the whole
+        self._owners = weakref.WeakValueDictionary[int, npt.NDArray[np.uint8]]()  # what lives as long as the whole, by its address
+        self._most = 0
+
+    def divides(self, nbytes: int) -> bool:
+        return nbytes >= UNIT and (-nbytes % UNIT) * _WASTE <= nbytes
+
+    def reserve(self, nbytes: int) -> torch.Tensor:
+        owner = addresses(nbytes)
+        memory = torch.from_numpy(owner)
+        self._owners[memory.data_ptr()] = owner
+        return memory
+
+    def place(self, memory: torch.Tensor, pieces: Mapping[str, int]) -> None:
+        start = 0
+        for key, nbytes in pieces.items():
+            self._places[key] = Place(memory.numpy(), start, nbytes)
+            start += nbytes
+        self._pieces[memory.data_ptr()] = list(pieces)
+
+    def release(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            place = self._places.pop(key, None)
+            if place is not None:
+                self._pieces.pop(place.address - place.start, None)
+
+    def complete(self, memory: torch.Tensor, parts: Mapping[int, FileExtent | torch.Tensor]) -> None:
+        for key in self._pieces.pop(memory.data_ptr(), ()):
+            self._spans.hand_over(self._places.pop(key))
+        for start, part in parts.items():
+            nbytes = part.nbytes
+            place = Place(memory.numpy(), start, nbytes)
+            if isinstance(part, torch.Tensor):
+                memory[start : start + nbytes].copy_(part)
+            else:
+                _show_file(place, part, self._owners[memory.data_ptr()])
+
+    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
+        place = self._places.get(key)
+        self._spans.collect()
+        self._arena.limit(self._most - self._spans.held)
+        tensor = super().allocate(key, spec) if place is None else typed_view(self._spans.fill(place), spec)
+        self._most = max(self._most, self._arena.live_bytes + self._spans.live)
+        self._spans.cool(self._arena.held_bytes + self._spans.held - self._most)
+        return tensor
+
+    def adopt(self, key: str, tensor: torch.Tensor) -> None:
+        if key in self._places and tensor.data_ptr() != self._places[key].address:
+            self.put(key, tensor)
+        else:
+            super().adopt(key, tensor)
+
+    def trim(self) -> None:
+        super().trim()
+        self._spans.cool(self._spans.held)
+        self._most = self._arena.live_bytes + self._spans.live
+
+    def close(self) -> None:
+        super().close()
+        self._spans.cool(self._spans.held)
+
+
+def _show_file(place: Place, extent: FileExtent, owner: npt.NDArray[np.uint8]) -> None:
+    """Map a part of a file where a piece would lie, or read it where the file has it at another offset within a page.
+
+    The file is told that it is mapped until `owner` dies. What has a checksum is read once to be checked.
+    """
+    file = OpenFile.of(extent.path, extent.file)
+    try:
+        extent.prove(file)
+        if extent.offset % PAGE == 0:
+            weakref.finalize(owner, file.keep()).atexit = False
+            System().map(place.address, place.nbytes, file.fileno(), extent.offset)
+        else:
+            file.read(place.memory[place.start : place.start + place.nbytes].data, extent.offset)
+    finally:
+        file.close()

@@ -1,0 +1,399 @@
+"""Many threads at once: nobody hangs, nothing is lost, and waiting ends.
+
+Sizes here are bytes of uint8 tensors, so that budgets can be read off the numbers.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from contextlib import suppress
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from tests.rigs import Background, MakeRig, Slow, in_threads, value
+from tierstore.errors import BudgetError, MissingKeyError, TierStoreError
+from tierstore.registry import open_backend
+from tierstore.store import TieredStore
+from tierstore.testing import Delays
+from tierstore.tier import Tier
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore:ComplexHalf")]
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+def quiet() -> Delays:
+    """Delays without sleeps: only its gate holds calls up."""
+    return Delays(None)
+
+
+def close_gate(delays: Delays, call: str, key: str) -> None:
+    delays.gated = lambda kind, name: (kind, name) == (call, key)
+    delays.gate.clear()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_eight_threads_under_a_tight_budget(rig: MakeRig, seed: int) -> None:
+    """Each thread writes its own keys and reads everybody's. Every byte of a value says which key it belongs to."""
+    r = rig(300, 300, None, hook=lambda: Delays(seed, longest=0.0005))
+    workers = [Worker(r.store, number, seed) for number in range(8)]
+    assert in_threads(*[worker.run for worker in workers], timeout=100) == [None] * 8
+    for worker in workers:
+        for key, fill in worker.mine.items():
+            assert torch.equal(r.store.get(key), worker.sized(key, fill)), key
+    assert set(r.store) == {key for worker in workers for key in worker.mine}
+    assert r.store.stats().evictions > 100
+    r.check()
+
+
+class Worker:
+    """Random operations of one thread, whose values are all equal to its number modulo 8."""
+
+    def __init__(self, store: TieredStore, number: int, seed: int) -> None:
+        self._store = store
+        self._number = number
+        self._rng = random.Random(100 * seed + number)
+        self.mine: dict[str, int] = {}
+
+    def run(self) -> None:
+        for _ in range(60):
+            key = f"{self._number}.{self._rng.randrange(3)}"
+            acts = [self.put, self.put, self.get, self.get, self.write, self.read_another, self.move, self.delete]
+            self._rng.choice(acts if key in self.mine else [self.put])(key)
+
+    @staticmethod
+    def sized(key: str, fill: int) -> torch.Tensor:
+        return value(20 * int(key[-1]) + 20, fill)
+
+    def _fill(self) -> int:
+        return self._number + 8 * self._rng.randrange(30)
+
+    def put(self, key: str) -> None:
+        self.mine[key] = self._fill()
+        self._store.put(key, self.sized(key, self.mine[key]))
+
+    def get(self, key: str) -> None:
+        assert torch.equal(self._store.get(key), self.sized(key, self.mine[key]))
+
+    def write(self, key: str) -> None:
+        self.mine[key] = self._fill()
+        with self._store.lease(key) as (tensor,):
+            tensor.fill_(self.mine[key])
+            self._store.changed(key)
+
+    def read_another(self, key: str) -> None:
+        number = self._rng.randrange(8)
+        with suppress(MissingKeyError), self._store.lease(f"{number}.{key[-1]}") as (tensor,):
+            assert bool((tensor % 8 == number).all())
+
+    def move(self, key: str) -> None:
+        self._rng.choice((self._store.offload, self._store.prefetch))(key)
+
+    def delete(self, key: str) -> None:
+        try:
+            del self._store[key]
+        except TierStoreError as error:
+            if "is leased" not in str(error):  # by one that reads it
+                raise
+        else:
+            del self.mine[key]
+
+
+@pytest.mark.parametrize("turn", range(10))
+def test_crosswise_leases_end_in_one_budget_error_never_in_a_hang(rig: MakeRig, turn: int) -> None:
+    r = rig(20, None)
+    for key in "abcd":
+        r.store.put(key, value(10))
+    both_hold = threading.Barrier(2)
+    outcomes: list[str] = []
+
+    def work(first: str, second: str) -> None:
+        with r.store.lease(first):
+            both_hold.wait(30)
+            try:
+                with r.store.lease(second):
+                    outcomes.append("both")
+            except BudgetError as error:
+                outcomes.append("refused" if error.required_bytes > error.budget_bytes else str(error))
+
+    assert in_threads(lambda: work("a", "c"), lambda: work("b", "d"), timeout=30) == [None, None]
+    assert sorted(outcomes) == ["both", "refused"]
+    r.check()
+
+
+def test_a_lease_waits_for_another_threads_lease(rig: MakeRig) -> None:
+    r = rig(20, None)
+    r.store.put("a", value(20, 1))
+    r.store.put("b", value(20, 2))
+    with r.store.lease("a"):
+        waiter = Background(lambda: r.store.get("b"))
+        assert waiter.still_running()
+        assert r.store.tier_of("b") == "slow"
+    waiter.join()
+    assert r.store.tier_of("b") == "fast"
+    assert r.store.stats().stall_seconds > 0.05
+    r.check()
+
+
+def test_a_put_waits_for_another_threads_lease(rig: MakeRig) -> None:
+    r = rig(20)
+    r.store.put("a", value(20, 1))
+    with r.store.lease("a"):
+        waiter = Background(lambda: r.store.put("b", value(10)))
+        assert waiter.still_running()
+    with pytest.raises(BudgetError):  # the lease has ended, and still nothing can leave
+        waiter.join()
+    del r.store["a"]
+    r.store.put("b", value(10))
+    r.check()
+
+
+def test_a_waiting_thread_is_not_refused_for_one_that_is_about_to_go_on(rig: MakeRig) -> None:
+    """Both waiters are woken by the release; the first to look again must not take the other for stuck."""
+    r = rig(100, None)
+    for key, nbytes in (("c", 60), ("d", 90), ("b", 20), ("a", 60)):
+        r.store.put(key, value(nbytes))
+    holds, go = threading.Event(), threading.Event()
+
+    def nested() -> None:
+        with r.store.lease("b"):
+            holds.set()
+            go.wait(30)
+            with r.store.lease("c"):
+                pass
+
+    with r.store.lease("a"):
+        holder = Background(nested)
+        assert holds.wait(30)
+        others = [Background(lambda: r.store.get("d")) for _ in range(12)]  # of which some look again before the holder
+        assert others[-1].still_running()
+        go.set()
+        assert holder.still_running()
+    for waiter in (holder, *others):
+        waiter.join()
+    r.check()
+
+
+def test_who_has_been_woken_no_longer_counts_as_waiting(rig: MakeRig) -> None:
+    """The same below the surface, where the order of the threads is certain."""
+    r = rig(100)
+    for key in "ab":
+        r.store.put(key, value(10))
+    moves, waiting = r.store.moves, threading.Event()
+    refusal = BudgetError("waiting", tier="fast", required_bytes=2, budget_bytes=1)
+
+    def holder() -> None:
+        with r.store.lease("b"), moves.lock:
+            waiting.set()
+            moves.wait_for_others(lambda: refusal)
+
+    with moves.lock:
+        moves.acquire([moves.entry("a")], "a test")
+    other = Background(holder)
+    assert waiting.wait(30)
+    with moves.lock:  # from here on the holder waits, and cannot run before this thread waits too
+        moves.release([moves.entry("a")])
+        moves.wait_for_others(lambda: refusal)
+    other.join()
+    r.check()
+
+
+def test_two_threads_may_want_the_same_value(rig: MakeRig) -> None:
+    """One brings it up while the other still makes room for it; nobody is refused, and the room is given back."""
+    r = rig(160, None, hook=quiet)
+    for number, key in enumerate("xyz"):
+        r.store.put(key, value(60, number))
+    assert r.places() == {"x": "slow", "y": "fast", "z": "fast"}
+    close_gate(r.delays(1), "put", "y")
+    first = Background(lambda: r.store.get("x"))
+    assert r.delays(1).entered.wait(30)
+    assert torch.equal(r.store.get("x"), value(60, 0))
+    assert first.still_running()
+    r.delays(1).gate.set()
+    first.join()
+    r.check()
+
+
+def test_a_value_is_fetched_once_for_all_who_wait(rig: MakeRig) -> None:
+    r = rig(100, None, hook=quiet)
+    for key in ("x", "z"):
+        r.store.put(key, value(40))
+    r.store.offload("x")
+    close_gate(r.delays(1), "get", "x")
+    waiters = [Background(lambda: r.store.get("x")) for _ in range(4)]
+    assert r.delays(1).entered.wait(30)
+    quick = Background(lambda: (r.store.get("z"), r.store.put("q", value(10)), r.store.stats()))
+    quick.join()  # the lock is free during a transfer
+    r.delays(1).gate.set()
+    for waiter in waiters:
+        waiter.join()
+    assert r.copies("slow->fast") == 1
+    r.check()
+
+
+def test_a_put_waits_while_room_is_made_for_the_older_value(rig: MakeRig) -> None:
+    r = rig(100, None, hook=quiet)
+    r.store.put("x", value(60, 1))
+    r.store.put("y", value(60, 2))
+    assert r.places() == {"x": "slow", "y": "fast"}
+    close_gate(r.delays(1), "put", "y")
+    reader = Background(lambda: r.store.get("x"))
+    assert r.delays(1).entered.wait(30)
+    writer = Background(lambda: r.store.put("x", value(60, 3)))
+    assert writer.still_running()
+    r.delays(1).gate.set()
+    reader.join()
+    writer.join()
+    assert torch.equal(r.store.get("x"), value(60, 3))
+    assert torch.equal(r.store.get("y"), value(60, 2))
+    r.check()
+
+
+def test_a_value_that_is_prefetched_can_be_deleted(rig: MakeRig) -> None:
+    """Room is being made for a value that nobody wants any more: it goes unused."""
+    r = rig(100, None, hook=quiet)
+    r.store.put("x", value(60))
+    r.store.put("y", value(60))
+    close_gate(r.delays(1), "put", "y")
+    future = r.store.prefetch("x")
+    assert r.delays(1).entered.wait(30)
+    Background(lambda: r.store.__delitem__("x")).join()
+    r.delays(1).gate.set()
+    future.result(30)
+    assert list(r.store) == ["y"]
+    assert r.used("fast") == 0
+    r.check()
+
+
+def test_a_key_that_is_deleted_and_put_again_while_a_lease_waits(rig: MakeRig) -> None:
+    r = rig(20, None)
+    r.store.put("b", value(20, 1))
+    r.store.put("a", value(20))
+    with r.store.lease("a"):
+        waiter = Background(lambda: r.store.get("b"))
+        assert waiter.still_running()
+        del r.store["b"]
+        r.store.put("b", value(10, 2))
+    with pytest.raises(MissingKeyError, match="'b'"):
+        waiter.join()
+    assert torch.equal(r.store.get("b"), value(10, 2))
+    r.check()
+
+
+def test_a_value_exists_once_its_first_put_is_complete(rig: MakeRig) -> None:
+    r = rig(100, hook=quiet)
+    close_gate(r.delays(0), "put", "new")
+    writer = Background(lambda: r.store.put("new", value(10)))
+    assert r.delays(0).entered.wait(30)
+    assert "new" not in r.store
+    assert len(r.store) == 0
+    for act in (r.store.get, r.store.tier_of, r.store.spec_of):
+        with pytest.raises(MissingKeyError):
+            act("new")
+    r.delays(0).gate.set()
+    writer.join()
+    assert torch.equal(r.store.get("new"), value(10))
+
+
+class LateReturn(Slow):
+    """Its put comes back late: the value is there, and the store does not know yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late: str | None = None
+        self.written, self.gate = threading.Event(), threading.Event()
+
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        super().put(key, tensor)
+        if key == self.late:
+            self.written.set()
+            self.gate.wait(30)
+
+
+def test_room_is_not_made_from_a_copy_that_is_being_replaced(rig: MakeRig) -> None:
+    slow = LateReturn()
+    r = rig(100, 200, slow=slow)
+    r.store.put("k", value(60, 1))
+    r.store.flush()
+    with r.store.lease("k") as (tensor,):
+        tensor.fill_(2)
+        r.store.changed("k")
+    slow.late = "k"
+    demotion = Background(lambda: r.store.offload("k"))
+    assert slow.written.wait(30)
+    large = Background(lambda: r.store.put("large", value(110, 3)))  # 60 outdated + 60 new + 110 > 200
+    assert large.still_running()
+    slow.gate.set()
+    demotion.join()
+    large.join()
+    assert torch.equal(slow.get("k"), value(60, 2))
+    assert torch.equal(r.store.get("k"), value(60, 2))
+    r.check()
+
+
+def test_a_value_written_while_it_is_flushed_is_not_taken_for_clean(rig: MakeRig) -> None:
+    slow = LateReturn()
+    r = rig(100, None, slow=slow)
+    r.store.put("w", value(60, 1))
+    slow.late = "w"
+    with r.store.lease("w") as (tensor,):
+        flush = Background(r.store.flush)
+        assert slow.written.wait(30)
+        tensor.fill_(2)
+        r.store.changed("w")
+        slow.gate.set()
+        flush.join()
+    assert r.used("slow") == 60
+    r.store.offload("w")
+    assert torch.equal(r.store.get("w"), value(60, 2))
+    r.check()
+
+
+def test_settled_means_that_nothing_is_written_down_either(rig: MakeRig) -> None:
+    """A demotion is no flight, but its bytes are reserved in one tier before they are there."""
+    r = rig(100, None, hook=quiet)
+    r.store.put("y", value(60))
+    close_gate(r.delays(1), "put", "y")
+    demotion = Background(lambda: r.store.offload("y"))
+    assert r.delays(1).entered.wait(30)
+    settling = Background(r.store.moves.settle)
+    try:
+        assert settling.still_running()
+    finally:
+        r.delays(1).gate.set()
+    settling.join()
+    demotion.join()
+    r.check()
+
+
+def test_close_waits_for_what_is_under_way(rig: MakeRig) -> None:
+    r = rig(100, None, hook=quiet)
+    r.store.put("y", value(60))
+    close_gate(r.delays(1), "put", "y")
+    demotion = Background(lambda: r.store.offload("y"))
+    assert r.delays(1).entered.wait(30)
+    events: list[str] = []
+    r.slow.close = lambda: events.append("closed")  # type: ignore[method-assign]
+    closing = Background(lambda: r.store.close(flush=False))
+    assert closing.still_running()
+    assert not events
+    r.delays(1).gate.set()
+    demotion.join()
+    closing.join()
+    assert events == ["closed"]
+
+
+def test_no_thread_and_no_memory_is_left_behind(rig: MakeRig) -> None:
+    before = threading.active_count()
+    store = TieredStore([Tier("fast", open_backend("device", "cpu"), 100), Tier("slow", Slow())])
+    store.put("w", value(50))
+    memory = StorageWeakRef(store.get("w").untyped_storage())
+    store.prefetch("w").result(30)
+    store.offload("w")
+    assert memory.expired(), "what left the fast tier must not be kept alive by the store"
+    store.close()
+    assert threading.active_count() == before

@@ -1,0 +1,86 @@
+"""Values shown where they lie, without being fetched: private maps of files, which take no memory until they are touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from tierstore.backend import DivisibleBackend, FileBackend, FileExtent, MappedBackend
+from tierstore.entry import Entry
+from tierstore.patch.stored import DividedSource, StoredSource
+from tierstore.spec import raw_bytes, typed_view
+from tierstore.writing import Moves
+
+Part = FileExtent | torch.Tensor
+
+
+def mapped(source: StoredSource) -> torch.Tensor | None:
+    """Return a private map of the newest value of `source`; None unless files hold all of it."""
+    moves = source.host.store.moves
+    if isinstance(source, DividedSource):
+        extents = {start: _extent(moves, entry) for start, entry in pieces(source)}
+        found: dict[int, Part] = {start: extent for start, extent in extents.items() if extent is not None}
+        return _composed(source, found) if len(found) == len(extents) else None
+    (entry,) = source.stored
+    with moves.lock:
+        for level in _levels(moves, entry):
+            if isinstance(moves.tiers[level].backend, MappedBackend):
+                return moves.tiers[level].backend.get(entry.key)
+    return None
+
+
+def complete(source: DividedSource) -> torch.Tensor:
+    """Put what is missing of a value into its own addresses, and return the whole: its pieces do not move any more."""
+    moves = source.host.store.moves
+    parts = {start: lying(moves, entry) for start, entry in pieces(source) if not entry.resident}
+    _divisible(moves).complete(raw_bytes(source.whole.tensor), parts)
+    return source.whole.tensor
+
+
+def _composed(source: DividedSource, parts: dict[int, Part]) -> torch.Tensor:
+    """Return the value that consists of `parts`, by the byte at which each starts, in memory of its own."""
+    backend = _divisible(source.host.store.moves)
+    with torch.inference_mode(False), torch.no_grad():
+        memory = backend.reserve(source.spec.nbytes)
+        backend.complete(memory, parts)
+        return typed_view(memory, source.spec)
+
+
+def pieces(source: StoredSource) -> Iterator[tuple[int, Entry]]:
+    """Yield each piece with the byte at which it starts."""
+    start = 0
+    for entry in source.stored:
+        yield start, entry
+        start += entry.nbytes
+
+
+def lying(moves: Moves, entry: Entry) -> Part:
+    """Return where the newest value of a piece lies in a file, or else the tensor that holds it, which nobody must change."""
+    extent = _extent(moves, entry)
+    if extent is not None:
+        return extent
+    with moves.lock:
+        return moves.tiers[_levels(moves, entry)[0]].backend.get(entry.key)
+
+
+def _extent(moves: Moves, entry: Entry) -> FileExtent | None:
+    with moves.lock:
+        for level in _levels(moves, entry):
+            backend = moves.tiers[level].backend
+            if isinstance(backend, FileBackend):
+                return backend.extent(entry.key)
+    return None
+
+
+def _levels(moves: Moves, entry: Entry) -> list[int]:
+    """Return the levels that hold the newest value, fastest first, once it does not move; expects the lock held."""
+    moves.wait_until_idle(entry)
+    moves.refresh(entry)
+    return sorted(entry.tiers)
+
+
+def _divisible(moves: Moves) -> DivisibleBackend:
+    backend = moves.tiers[0].backend
+    assert isinstance(backend, DivisibleBackend)
+    return backend

@@ -1,0 +1,92 @@
+"""Accesses that repeat: what must be there at once while some of them stream, and how to spread those that do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+_STEPS = 12  # of the search for a price
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """Keys in order of use, from the last on to the first again, and seconds of computing after each.
+
+    `sizes` in bytes. Keys that are used at once have the same value in `together`; others need not be in it.
+    """
+
+    keys: Sequence[str]
+    durations: Sequence[float]
+    sizes: Mapping[str, int]
+    together: Mapping[str, str]
+
+    def without(self, resident: Collection[str]) -> Cycle:
+        """Return the accesses that go on to the next tier."""
+        left = [(key, duration) for key, duration in zip(self.keys, self.durations, strict=True) if key not in resident]
+        return Cycle([key for key, _ in left], [duration for _, duration in left], self.sizes, self.together)
+
+    def bytes(self, keys: Collection[str]) -> int:
+        return sum(self.sizes[key] for key in keys)
+
+    def moved(self, resident: Collection[str], fixed_bytes: int) -> int:
+        """Return what comes in while the cycle goes round once, in bytes, of which each transfer costs so many more."""
+        return sum(self.sizes[key] + fixed_bytes for key in self.keys if key not in resident)
+
+    def ring(self, resident: Collection[str], slots: int = 2) -> int:
+        """Return the bytes that streaming needs: all that is used at once, and the next `slots` - 1 entries after that."""
+        streamed = [key for key in self.keys if key not in resident]
+        if not streamed:
+            return 0
+        most, start = 0, 0
+        around = streamed + streamed[: slots - 1]
+        for use in self._uses(streamed):
+            after = around[start + len(use) : start + len(use) + slots - 1]
+            most = max(most, self.bytes({*use, *after}))
+            start += len(use)
+        return most
+
+    def _uses(self, keys: Sequence[str]) -> Iterator[list[str]]:
+        """Yield what is used at once."""
+        for _, run in groupby(keys, lambda key: self.together.get(key, key)):
+            yield list(run)
+
+    def spread(self, group: Collection[str], free: int, ring: int) -> set[str]:
+        """Return keys of `group` of at most `free` bytes to stay, such that the others are spread evenly over the computing.
+
+        A walk along the cycle saves up time at each access, and an entry streams when enough is saved to pay for it: so many
+        seconds a byte. More than `ring` bytes are worth cannot be saved, since nothing can be fetched further ahead. The price
+        is searched for that fills `free` best.
+        """
+        first = dict(zip(reversed(self.keys), reversed(self.durations), strict=True))
+        walk = [(key, first[key]) for key in dict.fromkeys(self.keys)]
+        streamed = self.bytes(group) - free
+        low, best = (sum(first.values()) or 1.0) / max(1, streamed), set[str]()
+        high = 2 * low
+        for _ in range(_STEPS):  # the dearer, the more stays
+            price = (low + high) / 2
+            chosen = _walk(walk, self.sizes, group, price, ring)
+            if self.bytes(chosen) > free:
+                high = price
+            else:
+                low, best = price, max(best, chosen, key=self.bytes)
+        return best or _walk(walk, self.sizes, group, low, ring, free)
+
+
+def _walk(
+    walk: Sequence[tuple[str, float]], sizes: Mapping[str, int], group: Collection[str], price: float, ring: int, free: int | None = None
+) -> set[str]:
+    """Return what stays at a price, no more than `free` bytes if that is given."""
+    chosen: set[str] = set()
+    saved, left = 0.0, free
+    for key, duration in walk:
+        saved = min(saved + duration, ring * price)
+        if key not in group:
+            continue
+        cost = sizes[key] * price
+        if 2 * saved >= cost or (left is not None and sizes[key] > left):
+            saved -= cost
+        else:
+            chosen.add(key)
+            left = None if left is None else left - sizes[key]
+    return chosen
