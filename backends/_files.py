@@ -6,6 +6,7 @@ import resource
 import threading
 from pathlib import Path
 
+from tierstore.file_system import FileSystem
 from tierstore.open_file import OpenFile
 
 _SHARE = 8  # of the files that a process may open, one in so many; each takes two descriptors
@@ -17,18 +18,24 @@ class OpenFiles:
     over more files than that would otherwise find none of them open.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, system: FileSystem) -> None:
+        self._system = system
         self._lock = threading.Lock()
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = _MOST if limit == resource.RLIM_INFINITY else min(_MOST, limit // _SHARE)
         self._files: dict[Path, OpenFile] = {}
 
-    def of(self, path: Path) -> OpenFile | None:
-        """Return the file, open, to be shared by whoever reads it; None if no more can be kept."""
+    def borrow(self, path: Path) -> tuple[OpenFile, bool]:
+        """Return the file, open, for the caller to close once; and whether it also stays open here."""
         with self._lock:
-            if path not in self._files and len(self._files) < self._most:
-                self._files[path] = OpenFile(str(path))
-            return self._files.get(path)
+            file = self._files.get(path)
+            if file is None:
+                file = OpenFile(str(path), self._system)
+                if len(self._files) >= self._most:
+                    return file, False
+                self._files[path] = file
+            file.share()
+            return file, True
 
     def forget(self, path: Path) -> None:
         """Close the file as far as this collection is concerned: it was replaced or deleted."""

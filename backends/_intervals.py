@@ -66,11 +66,14 @@ class Intervals:
         self.peak = max(self.peak, self.live)
         return start
 
-    def give(self, start: int) -> None:
-        """Take back the live range that begins at `start`; it is warm from now on, since its owner may have written to it."""
+    def give(self, start: int, *, warm: bool = True) -> None:
+        """Take back the live range that begins at `start`; it is warm from now on, since its owner may have written to it.
+
+        Not `warm`: its owner has given the memory behind it back to the system.
+        """
         stop = self._taken.pop(start)
         self.live -= stop - start
-        self._insert(start, stop, warm=True)
+        self._insert(start, stop, warm=warm)
 
     def cool(self) -> list[tuple[int, int]]:
         """Make warm pieces cold until live and warm bytes are at most `peak`; return the ranges to give back to the system.

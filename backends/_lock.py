@@ -1,13 +1,11 @@
-"""What backends that own a directory share: its lock, its marker, atomic files, and keys and specs as JSON fields."""
+"""What backends that own a directory share: its lock, its marker, and keys and specs as JSON fields."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -20,9 +18,6 @@ from tierstore.spec import TensorSpec
 
 TEMPORARY = ".tmp-"
 """Prefix of everything unfinished; what bears it at opening is the remainder of a crash."""
-
-_PIECE = 8 << 20  # bytes per write call: large enough for full speed, small enough to interrupt
-_UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class DirectoryLock:
@@ -98,20 +93,6 @@ def read_json(file: Path) -> object:
         return None
 
 
-def replace_file(file: Path, parts: Sequence[memoryview | bytes], *, sync: bool) -> None:
-    """Write `parts` to `file` so that it has its old content or the whole new one, also after a power loss if `sync`.
-
-    Which of the two a power loss leaves is certain only after `sync_path` of the directory.
-    """
-    temporary = file.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
-    try:
-        _write_file(temporary, parts, sync=sync)
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def sync_path(path: Path) -> None:
     """Make a file's bytes, or a directory's names, survive a power loss."""
     fd = os.open(path, os.O_RDONLY)
@@ -119,33 +100,6 @@ def sync_path(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _write_file(file: Path, parts: Sequence[memoryview | bytes], *, sync: bool) -> None:
-    fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        _reserve(fd, sum(len(part) for part in parts))
-        for part in parts:
-            _write_all(fd, memoryview(part))
-        if sync:
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _reserve(fd: int, nbytes: int) -> None:
-    """Find out that the disk is full before writing to it; file systems that cannot reserve are written to directly."""
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-
-
-def _write_all(fd: int, data: memoryview) -> None:
-    done = 0
-    while done < len(data):  # a write may be short: signals, quotas, network file systems
-        done += os.write(fd, data[done : done + _PIECE])
 
 
 def key_fields(key: str, name: str) -> dict[str, str]:

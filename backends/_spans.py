@@ -37,15 +37,20 @@ def reserve(nbytes: int) -> torch.Tensor:
 
     The addresses stay as long as a tensor over them lives. Raises `MemoryError` if the system refuses so many.
     """
+    return torch.from_numpy(addresses(nbytes))
+
+
+def addresses(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Return what `reserve` makes its tensor of, and what lives as long as any tensor over it."""
     size = -(-nbytes // UNIT) * UNIT
     try:
-        addresses = mmap.mmap(-1, size + UNIT, flags=_PRIVATE)
+        region = mmap.mmap(-1, size + UNIT, flags=_PRIVATE)
     except OSError as error:
         raise MemoryError(f"the system refuses {nbytes} bytes of addresses: {error}") from error
     if _ADVICE_HUGE is not None:
-        addresses.madvise(_ADVICE_HUGE)
-    base = np.frombuffer(addresses, np.uint8, 1).ctypes.data
-    return torch.from_numpy(np.frombuffer(addresses, np.uint8, nbytes, -base % UNIT))
+        region.madvise(_ADVICE_HUGE)
+    base = np.frombuffer(region, np.uint8, 1).ctypes.data
+    return np.frombuffer(region, np.uint8, nbytes, -base % UNIT)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

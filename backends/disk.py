@@ -1,237 +1,245 @@
-"""A directory of safetensors files, one for each value, read through private maps.
+"""A directory of safetensors files, one for each value, with an index that says which of them count.
 
-    FORMAT      {"format": "tierstore-disk", "version": 1}
-    LOCK        flocked while a store has the directory open
-    blobs/<2 hex>/<32 hex>.safetensors
-
-The hex is the start of the sha256 of the key, so a key is never a path: any text of any length is one, and none leads
-out of the directory. Each file is complete in itself and opens with stock `safetensors`: one tensor called "data", and
-metadata from which key, dtype, shape and stride come back. The data starts at a multiple of 4096 bytes.
+A value is put in this order: its bytes go into a file without a name, around the page cache, and are flushed; the file gets
+its name, and the directory is flushed; the row in the index is committed, and from there on, and not before, the value is
+the key's. Then the file of the older value goes. Every step before the commit can fail or be cut short without a trace: the
+file has a random name that nothing refers to. So a crash at any moment leaves each key with its old or its new value.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import os
-import secrets
-import shutil
-import time
-from collections.abc import Iterator
-from contextlib import suppress
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import TypeVar
 
 import torch
 
 from tierstore.backend import FileBackend, FileExtent
-from tierstore.backends._blob import FORMAT_VERSION, Blob, encode_head, file_name, read_blob
-from tierstore.backends._files import OpenFiles
-from tierstore.backends._lock import (
-    TEMPORARY,
-    DirectoryLock,
-    check_format,
-    opening,
-    prepare_root,
-    read_json,
-    replace_file,
-    sync_path,
-)
-from tierstore.errors import BackendError, ClosedError, CorruptionError
-from tierstore.spec import TensorSpec, raw_bytes, typed_view
+from tierstore.backends._disk import upkeep
+from tierstore.backends._disk.failures import Health, Owner, explained
+from tierstore.backends._disk.hold import WriteHold
+from tierstore.backends._disk.index import Index, UncertainError
+from tierstore.backends._disk.layout import Root, open_index, read_format, read_rows
+from tierstore.backends._disk.reading import Blobs
+from tierstore.backends._disk.rows import Row
+from tierstore.backends._disk.writing import BlobWriter, Draft
+from tierstore.backends._lock import opening
+from tierstore.backends.scratch import ScratchBackend
+from tierstore.checksum import Verify, check_verify
+from tierstore.errors import BackendError, CorruptionError
+from tierstore.file_system import FileSystem
+from tierstore.maintenance import Inspection, Maintained, PathLike
+from tierstore.spec import TensorSpec, raw_bytes
 
-FORMAT_NAME = "tierstore-disk"
-
-_SCRATCH_PREFIX = "tierstore-scratch-"
-_SETTLED_SECONDS = 60  # how long a scratch directory may take from its creation to its lock
+_SYSTEM = FileSystem()
+T = TypeVar("T")
 
 
-class DiskBackend(FileBackend):
-    """Keeps tensors as safetensors files below `path`, which it creates; one store at a time has a directory open.
+class DiskBackend(FileBackend, Maintained):
+    """Keeps tensors below `path`, which it creates, for good; one store at a time has a directory open for writing.
 
-    Values outlive the process unless `scratch`: then nothing is flushed to the device, and `close` removes the directory.
-    Each key's file is written aside and renamed into place, so a crash leaves the old value or the new one. A deletion is
-    not flushed: after a power loss the value may be back. Safe to call from several threads for different keys.
+    What `put` or `delete` has returned from survives a crash of the process and of the machine. `verify` says when bytes
+    are checked against the checksums that were stored with them: when they are first read after opening, always, or never.
+    After a failure of the device that leaves it open what is stored, nothing more is written (`StorageError`), and what was
+    committed before can still be read. Safe to call from several threads for different keys; the lock is held while the
+    index is committed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, scratch: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, verify: Verify = "first", system: FileSystem = _SYSTEM) -> None:
+        check_verify(verify)
         self.path = Path(path).absolute()
-        self._scratch = scratch
-        self._closed = False
-        self._known: dict[str, tuple[int, int]] = {}  # which file of each key was found right
-        self._files = OpenFiles()
-        _check_encodable(self.path)
-        with opening(self.path):
-            if prepare_root(self.path, marker="FORMAT", ignored="LOCK") and scratch:
-                raise BackendError(f"{self.path} belongs to another store, and scratch would remove it; choose a new directory")
-            self._lock = DirectoryLock(self.path / "LOCK")
-            try:
-                self._blobs = self._load()
-            except BaseException:
-                self._lock.release()
-                raise
+        self._owner = Owner(f"the disk store in {self.path}")
+        self._health = Health(self.path)
+        self._lock = threading.Lock()
+        with opening(self.path), ExitStack() as stack:
+            self._hold = stack.enter_context(WriteHold(self.path, system))
+            self._index = self._hold.index
+            self._generation = self._index.state.generation
+            self._blobs = stack.enter_context(Blobs(self.path, system, verify))
+            self._writer = stack.enter_context(BlobWriter(self._hold.root, self._index.state.store, self._health))
+            self._end = weakref.finalize(self, _close, stack.pop_all(), self._owner)
 
     @classmethod
-    def scratch(cls, parent: str | os.PathLike[str]) -> Self:
-        """Open a fresh directory below `parent` that lasts until `close`, or until another store finds its owner dead."""
-        return cls(scratch_directory(Path(parent)), scratch=True)
+    def scratch(cls, folder: str | os.PathLike[str], *, verify: Verify = "first", system: FileSystem = _SYSTEM) -> ScratchBackend:
+        """Return a backend on the file system of `folder` of which nothing is left when the process ends."""
+        if Path(folder, "FORMAT").exists():
+            raise BackendError(f"{folder} belongs to another store; choose another directory for scratch")
+        return ScratchBackend(folder, verify=verify, system=system)
+
+    @classmethod
+    def reader(cls, path: str | os.PathLike[str], *, verify: Verify = "first", system: FileSystem = _SYSTEM) -> DiskReader:
+        """Return what reads the store at `path`, also while another process writes it."""
+        return DiskReader(path, verify=verify, system=system)
+
+    @classmethod
+    def verify(cls, path: PathLike) -> Inspection:
+        return upkeep.verify(Path(path).absolute(), _SYSTEM)
+
+    @classmethod
+    def repair(cls, path: PathLike) -> Inspection:
+        return upkeep.repair(Path(path).absolute(), _SYSTEM)
 
     def file_of(self, key: str) -> Path:
-        """Return the file that holds `key`, or would."""
-        return self.path / "blobs" / file_name(key)
+        """Return the file that holds `key` now; raise `KeyError` if there is none."""
+        return self._blobs.path_of(self._index.rows[key])
 
     def put(self, key: str, tensor: torch.Tensor) -> None:
-        self._check_open()
-        spec = TensorSpec.of(tensor)
-        head = encode_head(key, spec)
-        file = self.file_of(key)
-        self._make_folder(file.parent)
-        data = raw_bytes(tensor).cpu().numpy()
-        replace_file(file, (head, data.data), sync=not self._scratch)
-        self._files.forget(file)
-        self._blobs[key] = Blob.of(spec, head)
-        self._known[key] = _identity(file.stat())
-        self._sync(file.parent)  # after the entry, since the new file is in place even if this fails
+        self._check_writable()
+        data = raw_bytes(tensor).cpu().numpy().data
+        with explained(f"storing {key!r}", self.path):
+            row, status = self._writer.write(Draft(key, TensorSpec.of(tensor), self._next_generation(), data))
+            old = self._commit(key, row)
+        self._blobs.trust(row, status)
+        if old is not None:
+            self._discard(old)
 
     def get(self, key: str) -> torch.Tensor:
-        file, blob = self._find(key)
-        # inference mode would mark the memory as an inference tensor, which autograd refuses to save
-        with torch.inference_mode(False), torch.no_grad():
-            whole = _map_file(file, blob.file_size)
-            # through numpy the tensor's storage is the data alone, and still keeps the whole map alive
-            return typed_view(torch.from_numpy(whole.numpy()[blob.data_offset :]), blob.spec)
+        return self._look(key, self._blobs.get)
 
     def extent(self, key: str) -> FileExtent:
-        file, blob = self._find(key)
-        return FileExtent(str(file), blob.data_offset, blob.spec.nbytes, self._files.of(file))
+        return self._look(key, self._blobs.extent)
 
     def delete(self, key: str) -> None:
-        self._check_open()
-        if key not in self._blobs:
-            raise KeyError(key)
-        file = self.file_of(key)
-        file.unlink(missing_ok=True)
-        self._files.forget(file)
-        self._known.pop(key, None)
-        del self._blobs[key]
+        self._check_writable()
+        with explained(f"deleting {key!r}", self.path):
+            old = self._commit(key, None)
+        if old is not None:
+            self._discard(old)
 
     def entries(self) -> Iterator[tuple[str, TensorSpec]]:
-        self._check_open()
-        return ((key, blob.spec) for key, blob in list(self._blobs.items()))
+        self._owner.check()
+        return ((key, row.spec) for key, row in list(self._index.rows.items()))
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._files.close()
-        if self._scratch and self._lock.owned:
-            shutil.rmtree(self.path, ignore_errors=True)  # what resists is swept by the next scratch store
-        self._lock.release()
+        if self._owner.here:
+            self._owner.closed = True
+        self._end()
 
-    def _find(self, key: str) -> tuple[Path, Blob]:
-        """Return the file of `key` and its description, after checking that its size is right, and that nobody has changed it.
+    def _look(self, key: str, how: Callable[[Row], T]) -> T:
+        self._owner.check()
+        row = self._index.rows[key]
+        with explained(f"reading {key!r}", self.path):
+            try:
+                return how(row)
+            except FileNotFoundError:
+                raise CorruptionError(key, str(self._blobs.path_of(row)), "the file is missing") from None
 
-        The header is read again only if the file is another one, or was written to, since it was last found right.
-        """
-        self._check_open()
-        blob = self._blobs[key]
-        file = self.file_of(key)
-        try:
-            status = file.stat()
-        except FileNotFoundError:
-            raise CorruptionError(key, str(file), "the file is missing") from None
-        if status.st_size != blob.file_size:
-            raise CorruptionError(key, str(file), f"the file has {status.st_size} bytes instead of {blob.file_size}")
-        if self._known.get(key) != _identity(status):
-            self._files.forget(file)
-            blob.check_head(_read_start(file, blob.data_offset), key, file)
-            self._known[key] = _identity(status)
-        return file, blob
+    def _check_writable(self) -> None:
+        self._owner.check()
+        self._health.check()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError(f"the disk store in {self.path} is closed; open it again")
+    def _next_generation(self) -> int:
+        with self._lock:
+            self._generation += 1
+            return self._generation
 
-    def _load(self) -> dict[str, Blob]:
-        """Check or write FORMAT, sweep what a crash left, and read every header."""
-        marker = self.path / "FORMAT"
-        if not marker.exists():
-            text = json.dumps({"format": FORMAT_NAME, "version": FORMAT_VERSION})
-            replace_file(marker, (text.encode(),), sync=not self._scratch)
-            self._sync(self.path)
-        check_format(self.path, read_json(marker), name=FORMAT_NAME, version=FORMAT_VERSION)
-        for leftover in (*self.path.glob(f"{TEMPORARY}*"), *self.path.glob(f"blobs/*/{TEMPORARY}*")):
-            leftover.unlink()
-        return dict(read_blob(file) for file in sorted(self.path.glob("blobs/*/*.safetensors")))
+    def _commit(self, key: str, new: Row | None) -> Row | None:
+        """Make `new` the value of `key`, or nothing; return the row before. Only a certain failure takes the new blob away."""
+        with self._lock:
+            old = self._index.rows.get(key)
+            if old is None and new is None:
+                raise KeyError(key)
+            try:
+                self._health.check()
+                self._index.commit([new] if new else [], [old] if old else [])
+            except UncertainError as error:
+                self._health.fail(f"nobody knows whether a commit came through ({error})")
+                raise
+            except BaseException:
+                if new is not None:
+                    self._writer.remove(new)
+                raise
+            self._hold.count_commit(self._health)
+        return old
 
-    def _make_folder(self, folder: Path) -> None:
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._sync(folder.parent, self.path)  # or a power loss could take the folder away from below a flushed file
-
-    def _sync(self, *folders: Path) -> None:
-        if not self._scratch:
-            for folder in folders:
-                sync_path(folder)
+    def _discard(self, row: Row) -> None:
+        self._blobs.forget(row)
+        self._writer.remove(row)
 
 
-def scratch_directory(parent: Path) -> Path:
-    """Create a directory for one scratch store below `parent`, after removing those whose owner is dead."""
-    if (parent / "FORMAT").exists():
-        raise BackendError(f"{parent} belongs to another store; choose another directory for scratch")
-    with opening(parent):
-        parent.mkdir(parents=True, exist_ok=True)
-        for sibling in parent.glob(f"{_SCRATCH_PREFIX}*"):
-            _remove_if_dead(sibling)
-        fresh = parent / f"{_SCRATCH_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
-        fresh.mkdir(mode=0o700)
-    return fresh
+class DiskReader:
+    """Reads what another process, or nobody, is writing below `path`; many may at once, and they change nothing there.
 
-
-def _remove_if_dead(directory: Path) -> None:
-    """Remove a scratch directory that nobody has locked.
-
-    FORMAT is written under the lock, so a directory that has it was locked by its owner. One without may be a moment old
-    and about to be locked: it is left alone until it has aged.
+    It sees what was committed when it was opened, or last refreshed; of a value that was replaced or deleted since, whose
+    file is gone, it returns the newest one, as if it had been refreshed. Safe to call from several threads.
     """
-    with suppress(OSError, BackendError):
-        fresh = time.time() - directory.stat().st_mtime < _SETTLED_SECONDS
-        if directory.is_symlink() or (fresh and not (directory / "FORMAT").exists()):
+
+    def __init__(self, path: str | os.PathLike[str], *, verify: Verify = "first", system: FileSystem = _SYSTEM) -> None:
+        check_verify(verify)
+        self.path = Path(path).absolute()
+        self._owner = Owner(f"the reader of {self.path}")
+        self._lock = threading.Lock()
+        self._index: Index | None = None
+        self._rows: dict[str, Row] = {}
+        with opening(self.path), ExitStack() as stack:
+            self._root = Root(self.path, system)
+            stack.callback(self._root.close)
+            self._blobs = stack.enter_context(Blobs(self.path, system, verify))
+            self._open()
+            stack.callback(self._close_index)
+            self._stack = stack.pop_all()
+
+    def get(self, key: str) -> torch.Tensor:
+        """Return the value of `key`, a private map of its file; raise `KeyError` if there is none."""
+        return self._look(key, self._blobs.get)
+
+    def extent(self, key: str) -> FileExtent:
+        """Return where the bytes of `key` lie; raise what `get` raises."""
+        return self._look(key, self._blobs.extent)
+
+    def entries(self) -> Iterator[tuple[str, TensorSpec]]:
+        """Yield key and spec of everything that was stored when this was last refreshed."""
+        self._owner.check()
+        return ((key, row.spec) for key, row in list(self._rows.items()))
+
+    def refresh(self) -> None:
+        """See what has been committed by now."""
+        self._owner.check()
+        with self._lock, opening(self.path):
+            if self._index is None:
+                self._open()
+            elif self._index.refresh():
+                self._rows = self._index.rows
+
+    def close(self) -> None:
+        if self._owner.here and not self._owner.closed:
+            self._owner.closed = True
+            self._stack.close()
+
+    def _open(self) -> None:
+        found = read_format(self._root)
+        if found is None:
+            raise BackendError(f"there is no store in {self.path}; open it for writing to make one")
+        if found.version == 1:
+            self._rows = {row.key: row for row in read_rows(self._root)}
             return
-        lock = DirectoryLock(directory / "LOCK")
-        shutil.rmtree(directory, ignore_errors=True)
-        lock.release()
+        self._index = open_index(self._root, found.store, writable=False)
+        self._rows = self._index.rows
+
+    def _close_index(self) -> None:
+        if self._index is not None:
+            self._index.close()
+
+    def _look(self, key: str, how: Callable[[Row], T]) -> T:
+        self._owner.check()
+        row = self._rows[key]
+        with explained(f"reading {key!r}", self.path):
+            while True:
+                try:
+                    return how(row)
+                except FileNotFoundError:
+                    self._blobs.forget(row)
+                    before = row
+                self.refresh()
+                row = self._rows[key]
+                if row == before:
+                    raise CorruptionError(key, str(self._blobs.path_of(row)), "the file is missing")
 
 
-def _check_encodable(path: Path) -> None:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise BackendError(f"the path {path!a} is not UTF-8, and torch maps no other; choose another path") from None
-
-
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    """Return what differs when a file is replaced or written to."""
-    return status.st_ino, status.st_mtime_ns
-
-
-def _read_start(file: Path, nbytes: int) -> bytes:
-    """Read the first bytes of a file."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # or the kernel would read data ahead that is fetched directly
-        return os.pread(descriptor, nbytes, 0)
-    finally:
-        os.close(descriptor)
-
-
-def _map_file(file: Path, nbytes: int) -> torch.Tensor:
-    """Map `file` copy-on-write as a uint8 tensor.
-
-    Not with `mmap.mmap`: before Python 3.13 each of its maps holds a file descriptor, of which a process has 1024.
-    """
-    try:
-        return torch.from_file(str(file), shared=False, size=nbytes, dtype=torch.uint8, device="cpu")
-    except RuntimeError as error:
-        raise OSError(errno.ENOMEM, f"cannot be mapped ({error})", str(file)) from error
+def _close(stack: ExitStack, owner: Owner) -> None:
+    if owner.here:  # a forked child must not touch what its parent has open
+        stack.close()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from tierstore.backend import DivisibleBackend, FileExtent
-from tierstore.backends._spans import UNIT, Place, Spans, System, reserve
+from tierstore.backends._spans import UNIT, Place, Spans, System, addresses
 from tierstore.backends.memory import DeviceBackend
 from tierstore.open_file import PAGE, OpenFile
 from tierstore.spec import TensorSpec, typed_view
@@ -25,13 +28,17 @@ class RamBackend(DeviceBackend, DivisibleBackend):
         self._spans = Spans()
         self._places: dict[str, Place] = {}
         self._pieces: dict[int, list[str]] = {}  # their keys, by the address of the whole
+        self._owners = weakref.WeakValueDictionary[int, npt.NDArray[np.uint8]]()  # what lives as long as the whole, by its address
         self._most = 0
 
     def divides(self, nbytes: int) -> bool:
         return nbytes >= UNIT and (-nbytes % UNIT) * _WASTE <= nbytes
 
     def reserve(self, nbytes: int) -> torch.Tensor:
-        return reserve(nbytes)
+        owner = addresses(nbytes)
+        memory = torch.from_numpy(owner)
+        self._owners[memory.data_ptr()] = owner
+        return memory
 
     def place(self, memory: torch.Tensor, pieces: Mapping[str, int]) -> None:
         start = 0
@@ -55,7 +62,7 @@ class RamBackend(DeviceBackend, DivisibleBackend):
             if isinstance(part, torch.Tensor):
                 memory[start : start + nbytes].copy_(part)
             else:
-                _show_file(place, part)
+                _show_file(place, part, self._owners[memory.data_ptr()])
 
     def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
         place = self._places.get(key)
@@ -82,11 +89,16 @@ class RamBackend(DeviceBackend, DivisibleBackend):
         self._spans.cool(self._spans.held)
 
 
-def _show_file(place: Place, extent: FileExtent) -> None:
-    """Map a part of a file where a piece would lie, or read it where the file has it at another offset within a page."""
+def _show_file(place: Place, extent: FileExtent, owner: npt.NDArray[np.uint8]) -> None:
+    """Map a part of a file where a piece would lie, or read it where the file has it at another offset within a page.
+
+    The file is told that it is mapped until `owner` dies. What has a checksum is read once to be checked.
+    """
     file = OpenFile.of(extent.path, extent.file)
     try:
+        extent.prove(file)
         if extent.offset % PAGE == 0:
+            weakref.finalize(owner, file.keep()).atexit = False
             System().map(place.address, place.nbytes, file.fileno(), extent.offset)
         else:
             file.read(place.memory[place.start : place.start + place.nbytes].data, extent.offset)

@@ -23,6 +23,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,11 +41,11 @@ from tierstore.backends._lock import (
     opening,
     prepare_root,
     read_json,
-    replace_file,
     sync_path,
 )
 from tierstore.backends._zarr_metadata import MARKER, attributes_of, chunk_of, described, layout_of, node_name
 from tierstore.errors import ClosedError, CorruptionError
+from tierstore.file_system import FileSystem
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
 
 FORMAT_NAME, FORMAT_VERSION = "tierstore-zarr", 2
@@ -64,7 +65,7 @@ class ZarrBackend(FileBackend):
         self.path = Path(path).absolute()
         self._closed = False
         self._known: dict[str, tuple[_Identity, _Identity | None]] = {}  # which metadata and chunk of each key were found right
-        self._files = OpenFiles()
+        self._files = OpenFiles(FileSystem())
         with opening(self.path):
             prepare_root(self.path, marker=MARKER)
             self._lock = DirectoryLock(self.path / MARKER)
@@ -102,7 +103,9 @@ class ZarrBackend(FileBackend):
 
     def extent(self, key: str) -> FileExtent:
         extent = self._find(key)
-        return FileExtent(extent.path, 0, extent.nbytes, self._files.of(Path(extent.path)))
+        file, kept = self._files.borrow(Path(extent.path))
+        file.close()
+        return replace(extent, file=file if kept else None)
 
     def delete(self, key: str) -> None:
         self._check_open()
@@ -172,7 +175,7 @@ class ZarrBackend(FileBackend):
             chunk.parent.mkdir(parents=True, exist_ok=True)
             if not shape:
                 shutil.rmtree(chunk, ignore_errors=True)  # zarr makes a directory of the name that is the chunk's
-            replace_file(chunk, (raw_bytes(tensor).cpu().numpy().data,), sync=False)
+            chunk.write_bytes(raw_bytes(tensor).cpu().numpy().data)
 
     def _find(self, key: str) -> FileExtent:
         """Return where the bytes of `key` lie, after checking that the metadata still describe them, and that they are all there."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.plainly import nbytes, restored, same, state, under_pressure
 from tierstore import BackendError, BudgetError, ClosedError, ModelError, Tier, TieredStore, TierStoreError, open_backend, tiered
+from tierstore.backends.scratch import ScratchBackend
 from tierstore.devices import working_accelerator
 
 
@@ -219,7 +220,7 @@ def test_closed_store_and_session(scratch: Path) -> None:
 
 def test_failing_setup_restores_the_model(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full half way through: the model comes back whole."""
-    backend = open_backend("disk", scratch / "own", scratch=True)
+    backend = ScratchBackend(scratch / "own")
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6)))
     objects, values = dict(model.named_parameters()), state(model)
     written = []

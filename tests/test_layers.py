@@ -13,10 +13,10 @@ SOURCE = Path(__file__).parents[1] / "tierstore"
 
 # bottom first; modules of one layer may import one another, without a cycle
 LAYERS = (
-    {"errors", "sizes", "spec", "devices", "shield", "open_file"},
-    {"backend", "registry"},
+    {"errors", "sizes", "spec", "devices", "shield", "file_system", "checksum", "open_file"},
+    {"backend", "registry", "maintenance"},
     {"ledger", "planning"},
-    {"entry", "tier", "stats", "timeline", "picture", "transfer"},
+    {"entry", "tier", "building", "stats", "timeline", "picture", "transfer"},
     {"residency", "flights", "leasing", "writing", "lease"},
     {"store"},
     {"report"},

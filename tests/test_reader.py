@@ -331,10 +331,10 @@ def test_refused_direct_opening_is_buffered(tmp_path: Path, arena: Arena, monkey
     path = write(tmp_path / "file", content)
     really_open = os.open
 
-    def refusing(name: str, flags: int, *rest: int) -> int:
+    def refusing(name: str, flags: int, *rest: int, **options: int | None) -> int:
         if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
-        return really_open(name, flags, *rest)
+        return really_open(name, flags, *rest, **options)
 
     monkeypatch.setattr(os, "open", refusing)
     out = arena.allocate(len(content))

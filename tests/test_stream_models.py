@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.plainly import gradients, largest, nbytes, restored, same, state, within_budget
 from tests.test_models import MODELS, X, run
-from tests.test_streams import WatchedDisk
+from tests.test_streams import WatchedScratch
 from tierstore import Tiered, TieredStore
 from tierstore.patch import attach, restore
 from tierstore.patch.stored import StoredSource
@@ -28,11 +28,9 @@ from tierstore.transfer.streams import StreamEngine
 def session_on(fake: FakeDevice, model: nn.Module, disk: Path, *, gpu: int | None = None, cpu: bool = True, seed: int = 0) -> Tiered:
     """A third of the model on the device, or what one module needs, and below it RAM for another third, or none, and a disk."""
     total = nbytes(model)
-    bottom = WatchedDisk.scratch(disk)
-    bottom.fake = fake
     tiers = [Tier("gpu", FakeMemory(fake), max(total // 3, largest(model)) if gpu is None else gpu)]
     tiers += [Tier("cpu", FakeRam(fake), total // 3)] if cpu else []
-    store = TieredStore([*tiers, Tier("disk", bottom)], "auto", SteppedEngine(fake, seed))
+    store = TieredStore([*tiers, Tier("disk", WatchedScratch(disk, fake))], "auto", SteppedEngine(fake, seed))
     Watch(store.moves, fake)
     return Tiered({"": model}, store, torch.device("cpu"))
 

@@ -14,6 +14,7 @@ import torch
 
 from tierstore.backend import Backend
 from tierstore.backends.disk import DiskBackend
+from tierstore.backends.scratch import ScratchBackend
 from tierstore.planning.lane import Lane
 from tierstore.planning.schedule import Schedule
 from tierstore.spec import TensorSpec
@@ -54,6 +55,18 @@ class WatchedDisk(DiskBackend):
         super().put(key, tensor)
 
 
+class WatchedScratch(ScratchBackend):
+    """A disk for the length of a test, which checks what is read, and whose writes are known as reads of the host."""
+
+    def __init__(self, folder: Path, fake: FakeDevice) -> None:
+        super().__init__(folder, verify="always")
+        self._fake = fake
+
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        self._fake.touch(tensor, f"{key} is written to the disk")
+        super().put(key, tensor)
+
+
 CHAINS = ("ram", "slow", "ram, slow", "disk", "ram, disk")
 
 
@@ -80,9 +93,7 @@ class Run:
 
     def backend(self, name: str, place: Path) -> Backend:
         if name == "disk":
-            disk = WatchedDisk.scratch(place)
-            disk.fake = self.fake
-            return disk
+            return WatchedScratch(place, self.fake)
         return FakeRam(self.fake) if name == "ram" else FakeSlow(self.fake)
 
     def stream(self) -> FakeStream:

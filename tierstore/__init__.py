@@ -22,6 +22,7 @@ from tierstore.errors import (
     ReadOnlyError,
     RemoteError,
     SizeError,
+    StorageError,
     TierStoreError,
     UnsupportedTensorError,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "SizeError",
     "SizingBackend",
     "Stats",
+    "StorageError",
     "TensorSpec",
     "Tier",
     "TierStats",

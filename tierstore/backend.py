@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from tierstore.checksum import Proof
 from tierstore.errors import ReadOnlyError
-from tierstore.open_file import OpenFile
+from tierstore.open_file import Readable
 from tierstore.spec import TensorSpec
 
 
@@ -145,13 +146,34 @@ class MappedBackend(Backend):
 class FileExtent:
     """The bytes of one value in a file: `nbytes` from `offset` on, in the order of memory, gaps included.
 
-    `file`: the backend may have it open already, for whoever is allowed to `share` it.
+    `file`: the backend may have it open already, for whoever is allowed to `share` it. `proof`: what the bytes have to be
+    checked against before anybody uses them, piece by piece. `start`: the byte of the value at which this part of it begins.
     """
 
     path: str
     offset: int
     nbytes: int
-    file: OpenFile | None = None
+    file: Readable | None = None
+    proof: Proof | None = None
+    start: int = 0
+
+    def part(self, start: int, nbytes: int) -> FileExtent:
+        """Return a part of it; one that will be checked begins where a piece does, and is one, or several."""
+        return replace(self, offset=self.offset + start, nbytes=nbytes, start=self.start + start)
+
+    def check(self, start: int, data: memoryview) -> None:
+        """Raise `CorruptionError` if `data`, which was read from `start` of this extent on, is a piece with another checksum."""
+        if self.proof is not None:
+            self.proof.check(self.start + start, data)
+
+    def prove(self, file: Readable, parts: Iterable[tuple[int, int]] | None = None) -> None:
+        """Read those pieces of the value from `file` that have to be checked and have not been, and check them.
+
+        `parts`: where in this extent the bytes lie that are needed, and how many; all of the value if not given.
+        """
+        if self.proof is not None:
+            shifted = None if parts is None else [(self.start + start, count) for start, count in parts]
+            self.proof.prove(file, self.offset - self.start, shifted)
 
 
 class FileBackend(MappedBackend):

@@ -82,6 +82,10 @@ class RemoteError(TierStoreError, OSError):
         return RemoteError, (self.operation, self.attempts, self.reason)
 
 
+class StorageError(TierStoreError, OSError):
+    """A file system or device that refuses or fails; `errno` says how, the message what was kept and what to do."""
+
+
 class CorruptionError(TierStoreError, OSError):
     """Stored bytes that are missing or do not match their description."""
 

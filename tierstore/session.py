@@ -6,27 +6,23 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from tierstore.backend import Backend
-from tierstore.devices import compute_device, working_accelerator
-from tierstore.errors import BackendError, TierStoreError
+from tierstore.building import choose_device, memory_tier, memory_tiers
+from tierstore.errors import TierStoreError
 from tierstore.patch.attach import Attachment, refuse_attached
 from tierstore.patch.regions import Region, check_model
 from tierstore.planning.names import policy_factory
 from tierstore.planning.policy import PolicyFactory
-from tierstore.registry import backend_class, backend_names, open_backend
+from tierstore.registry import backend_class, backend_names
 from tierstore.report import forecast_of, render
 from tierstore.sizes import Size, format_size, parse_size
 from tierstore.stats import Stats
 from tierstore.store import TieredStore
 from tierstore.tier import Tier
-
-if TYPE_CHECKING:
-    pass
 
 Models = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.nn.Module]
 Disk = str | os.PathLike[str] | Backend | tuple[str | os.PathLike[str] | Backend, Size]
@@ -59,7 +55,7 @@ def tiered(
     models = _named(model)
     check_model(models)
     refuse_attached(models)
-    compute = _choose_device(device, gpu)
+    compute = choose_device(device, gpu)
     store = TieredStore(_tiers(compute, gpu, cpu, disk), policy)
     return Tiered(models, store, compute)
 
@@ -178,21 +174,9 @@ def _named(model: Models) -> dict[str, torch.nn.Module]:
     raise TierStoreError(f"expected a torch.nn.Module, or a list or dict of them, got {type(model).__name__}")
 
 
-def _choose_device(device: str | torch.device | None, gpu: Size | None) -> torch.device:
-    if device is None and gpu is not None and working_accelerator() is None:
-        raise BackendError('gpu= needs an accelerator, and none works here; leave gpu= out, or give device="cpu" to keep that tier in RAM')
-    return compute_device(device)
-
-
 def _tiers(device: torch.device, gpu: Size | None, cpu: Size | None, disk: Disk | None) -> list[Tier]:
     """Return the tiers that were asked for, fastest first; the first one is always memory of the compute device."""
-    gpu_size = None if gpu is None else parse_size(gpu)
-    cpu_size = None if cpu is None else parse_size(cpu)
-    on_device = gpu is not None or device.type != "cpu"
-    fast = open_backend("ram") if device.type == "cpu" else open_backend("device", device)
-    tiers = [Tier("gpu", fast, gpu_size)] if on_device else [Tier("cpu", fast, cpu_size)]
-    if cpu is not None and on_device:
-        tiers.append(Tier("cpu", open_backend("pinned"), cpu_size))
+    tiers = memory_tiers(device, gpu, cpu) or [memory_tier("cpu", device, None)]
     if disk is not None:
         tiers.append(_disk_tier(disk))
     return tiers

@@ -13,9 +13,7 @@ from torch.compiler import is_compiling
 
 def observed() -> bool:
     """True where operations are more than done: in a compiler, a TorchScript trace or a functorch transform, under a dispatch mode."""
-    return (
-        is_compiling() or _get_tracing_state() is not None or peek_interpreter_stack() is not None or _len_torch_dispatch_stack() > 0
-    )
+    return is_compiling() or _get_tracing_state() is not None or peek_interpreter_stack() is not None or _len_torch_dispatch_stack() > 0
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from types import TracebackType
 import torch
 
 from tierstore.backend import VolatileBackend
+from tierstore.building import durable_tiers
+from tierstore.checksum import Verify
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, ReadOnlyError, TierStoreError
 from tierstore.lease import Lease
@@ -58,6 +60,18 @@ class TieredStore:
             for tier in tiers:
                 tier.backend.close()
             raise
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], *, gpu: Size | None = None, cpu: Size | None = None,
+        device: str | torch.device | None = None, policy: str | PolicyFactory = "lru", verify: Verify = "first",
+    ) -> TieredStore:  # fmt: skip
+        """Open the store that lasts in the directory `path`, made if need be, below tiers of memory of the sizes given.
+
+        What is in memory only is written down when it leaves, by `flush`, and by `close`; without any size `put` returns when
+        the value is on the device, and `get` gives a private map of its file. `verify`: when stored bytes are checked.
+        """
+        return cls(durable_tiers(path, gpu, cpu, device, verify), policy)
 
     # -- values -------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,15 +127,12 @@ def _read_piece(source: StoredSource, entry: Entry, wanted: list[tuple[int, int,
 
 
 def _read_file(extent: FileExtent, wanted: list[tuple[int, int, int]], out: torch.Tensor) -> None:
-    """Read through the page cache: rows that are used often are there next time."""
+    """Read through the page cache: rows that are used often are there next time. See [Note: reading a part] for checksums."""
     memory, file = out.numpy().data, OpenFile.of(extent.path, extent.file)
     try:
+        extent.prove(file, [(offset, nbytes) for offset, _, nbytes in wanted])
         for offset, target, nbytes in wanted:
-            while nbytes:
-                count = os.preadv(file.fileno(), [memory[target : target + nbytes]], extent.offset + offset)
-                if not count:
-                    raise EOFError(f"{extent.path} ends before byte {extent.offset + offset}")
-                offset, target, nbytes = offset + count, target + count, nbytes - count
+            file.read_cached(memory[target : target + nbytes], extent.offset + offset)
     finally:
         file.close()
 

@@ -80,8 +80,9 @@ class SteppedReader(Reader):
         error: BaseException | None = None
         self._fake.touch(held[0], f"a file is read ({extent.path})", writes=True)
         try:
-            file = OpenFile(extent.path)
+            file = OpenFile.of(extent.path, extent.file)
             try:
+                extent.prove(file)
                 file.read(held[0].numpy().data, extent.offset)
             finally:
                 file.close()

@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 
 from tierstore.backend import FileExtent
+from tierstore.checksum import PIECE
 from tierstore.errors import BackendError, ClosedError
-from tierstore.open_file import PAGE, OpenFile
+from tierstore.open_file import PAGE, OpenFile, Readable
 
 Done = Callable[[BaseException | None], None]
 Prepare = Callable[[], tuple[FileExtent, torch.Tensor]]
@@ -40,8 +41,9 @@ class Reader:
         """Read the bytes of `extent` into `out`, a contiguous uint8 CPU tensor of just that size, and call `done` once.
 
         The file is opened before this returns. `done` is called from a reader thread when nothing writes to `out` any more,
-        with None or the first error (`OSError`; `CorruptionError` for a file that ends too early). It must not raise, nor
-        wait for another extent. `out` is kept alive until all is read, and no longer when `done` is called.
+        with None or the first error (`OSError`; `CorruptionError` for a file that ends too early, or bytes that do not match
+        the extent's proof). It must not raise, nor wait for another extent. `out` is kept alive until all is read, and no
+        longer when `done` is called.
         """
         _check_memory(extent, out)
         with self._lock:
@@ -101,17 +103,20 @@ class _Job:
         self._done = done
         self._lock = threading.Lock()
         self._error: BaseException | None = None
-        self._file: OpenFile | None = None
+        self._file: Readable | None = None
         try:
             self._file = OpenFile.of(extent.path, extent.file)
         except OSError as error:
             self._error = error.with_traceback(None)
 
     def read(self, start: int, stop: int) -> None:
-        """Read a part of the extent, unless an error has made it useless; start and stop count from the extent's start."""
+        """Read and check a part of the extent, unless an error has made it useless; start and stop count from its start."""
         if self._file is None or self._error is not None:
             return
-        self._file.read(self._memory[start:stop], self.extent.offset + start)
+        part = self._memory[start:stop]
+        self._file.read(part, self.extent.offset + start)
+        if part:
+            self.extent.check(start, part)
 
     def end(self, error: BaseException | None) -> None:
         """Count one request as ended; the last one closes the file and reports."""
@@ -184,9 +189,13 @@ def _check_memory(extent: FileExtent, out: torch.Tensor) -> None:
 
 
 def _requests(job: _Job, size: int) -> list[_Request]:
-    """Cut an extent into requests that end where the file's pages do; an empty one still makes one request."""
+    """Cut an extent into requests that end where the file's pages do, or where the pieces do that are checked one by one.
+
+    An empty one still makes one request.
+    """
     offset, nbytes = job.extent.offset, job.extent.nbytes
-    cuts = [0, *range(size - offset % PAGE, nbytes, size), nbytes]
+    step, first = (size, size - offset % PAGE) if job.extent.proof is None else (PIECE, PIECE)
+    cuts = [0, *range(first, nbytes, step), nbytes]
     requests = [_Request(job, start, stop) for start, stop in pairwise(cuts)]
     job.pending = len(requests)
     return requests

@@ -10,10 +10,11 @@ from functools import partial
 import torch
 
 from tierstore.backend import FileExtent
+from tierstore.checksum import PIECE
 from tierstore.transfer.accelerator import Accelerator, Event, Stream
 from tierstore.transfer.reader import Reader
 
-SLAB_BYTES = 8 << 20  # one request of the reader; a copy of this size reaches nine tenths of a link's bandwidth
+SLAB_BYTES = PIECE  # one request of the reader, with one checksum; a copy of this size reaches nine tenths of a link's bandwidth
 SLABS = 8
 
 Done = Callable[[BaseException | None], None]
@@ -134,7 +135,7 @@ class _Chunk:
         self.nbytes = min(SLAB_BYTES, job.extent.nbytes - start)
 
     def extent(self) -> FileExtent:
-        return FileExtent(self.job.extent.path, self.job.extent.offset + self.start, self.nbytes, self.job.extent.file)
+        return self.job.extent.part(self.start, self.nbytes)
 
     def target(self) -> torch.Tensor:
         assert self.job.target is not None

@@ -1,0 +1,174 @@
+"""Writing blobs: complete and on the device before they have a name, and named before anybody is told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from tierstore.backends._disk.blob import FORMAT_VERSION, encode_head
+from tierstore.backends._disk.direct import DirectWriter, Slabs
+from tierstore.backends._disk.failures import Health
+from tierstore.backends._disk.layout import BLOBS, Root
+from tierstore.backends._disk.rows import Row, blob_name
+from tierstore.backends._lock import TEMPORARY
+from tierstore.checksum import PIECE, checksum, checksums, sums_size
+from tierstore.file_system import FileSystem
+from tierstore.open_file import PAGE
+from tierstore.spec import TensorSpec
+
+_NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A value to be written."""
+
+    key: str
+    spec: TensorSpec
+    generation: int
+    data: memoryview
+
+
+class BlobWriter:
+    """Writes the blobs of the store with the id `store`; safe to call from several threads.
+
+    A flush that fails is never tried again, since the system may have dropped what could not be written and would then say
+    that all is well; `health` is told, and no more is written. The lock is held while a directory of blobs is made.
+    """
+
+    def __init__(self, root: Root, store: str, health: Health) -> None:
+        self._root = root
+        self._system: FileSystem = root.system
+        self._store = store
+        self._health = health
+        self._slabs = Slabs()
+        self._lock = threading.Lock()
+        self._flushed: set[str] = set()  # directories of blobs whose own names are on the device
+        self._hasher: ThreadPoolExecutor | None = None
+
+    def write(self, draft: Draft) -> tuple[Row, os.stat_result]:
+        """Return the row and the status of a new blob that is on the device, with its name; on failure there is none."""
+        blob = secrets.token_hex(16)
+        shard, name = blob_name(blob).rsplit("/", 1)
+        self._prepare_shard(shard)
+        with self._root.folder(shard) as folder, _Unfinished(self._system, folder) as file:
+            row = self._fill(file.descriptor, draft, blob)
+            self._flush(file.descriptor, f"a file could not be flushed while {draft.key!r} was stored")
+            file.publish(name)
+            try:
+                self._flush(folder, f"a directory could not be flushed while {draft.key!r} was stored")
+            except BaseException:
+                with suppress(OSError):  # swept when the store is opened
+                    self._system.unlink(folder, name)
+                raise
+            return row, self._system.status(file.descriptor)
+
+    def remove(self, row: Row) -> None:
+        """Take away a blob that no row names any more; what resists is swept when the store is opened."""
+        with suppress(OSError):
+            self._root.remove(row.name)
+
+    def __enter__(self) -> BlobWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the thread that computes checksums."""
+        if self._hasher is not None:
+            self._hasher.shutdown(wait=True)
+
+    def _fill(self, descriptor: int, draft: Draft, blob: str) -> Row:
+        """Write head and data into an empty file; return the row that will name it."""
+        data = draft.data
+        size = len(self._head(draft, bytes(sums_size(len(data)))))
+        writer = DirectWriter(self._system, descriptor, self._slabs)
+        total = size + len(data)
+        self._system.reserve(descriptor, 0, total + -total % PAGE)
+        if total <= PIECE:
+            sums = checksums(data)
+            head = self._head(draft, sums)
+            writer.write_together(head, data, 0)
+        else:
+            with self._hashing(data) as pending:
+                writer.write(data, size)
+                sums = pending.result()
+            head = self._head(draft, sums)
+            writer.write(memoryview(head), 0)
+        if total % PAGE:
+            self._system.truncate(descriptor, total)
+        return Row(draft.key, blob, size, draft.spec, sums, checksum(head), draft.generation, FORMAT_VERSION)
+
+    def _head(self, draft: Draft, sums: bytes) -> bytes:
+        return encode_head(draft.key, draft.spec, sums, draft.generation, self._store)
+
+    @contextmanager
+    def _hashing(self, data: memoryview) -> Iterator[Future[bytes]]:
+        """Compute checksums in another thread while this one writes; `data` is free again when the `with` ends."""
+        with self._lock:
+            if self._hasher is None:
+                self._hasher = ThreadPoolExecutor(1, thread_name_prefix="tierstore-hash")
+            pending = self._hasher.submit(checksums, data)
+        try:
+            yield pending
+        finally:
+            if not pending.cancel():
+                pending.exception()
+
+    def _flush(self, descriptor: int, reason: str) -> None:
+        try:
+            self._system.sync(descriptor)
+        except OSError as error:
+            self._health.fail(f"{reason} ({error})")
+            raise
+
+    def _prepare_shard(self, shard: str) -> None:
+        """Make a directory of blobs, and see to it once that its name is on the device, whoever has made it."""
+        with self._lock:
+            if shard in self._flushed:
+                return
+            if not self._flushed:
+                self._root.make_folder(BLOBS)
+                self._flush(self._root.descriptor, "the store's directory could not be flushed")
+            self._root.make_folder(shard)
+            with self._root.folder(BLOBS) as blobs:
+                self._flush(blobs, "a directory of blobs could not be flushed")
+            self._flushed.add(shard)
+
+
+class _Unfinished:
+    """A new file in a directory that has no name, or a temporary one, until it is published."""
+
+    def __init__(self, system: FileSystem, folder: int) -> None:
+        self._system = system
+        self._folder = folder
+        self._name: str | None = None
+        self.descriptor = -1
+
+    def __enter__(self) -> _Unfinished:
+        try:
+            self.descriptor = self._system.open_unnamed(self._folder)
+        except OSError as error:
+            if error.errno not in _NO_UNNAMED:
+                raise
+            self._name = f"{TEMPORARY}{secrets.token_hex(8)}"
+            self.descriptor = self._system.open(self._name, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder=self._folder)
+        return self
+
+    def publish(self, name: str) -> None:
+        if self._name is None:
+            self._system.link(self.descriptor, self._folder, name)
+        else:
+            self._system.rename(self._folder, self._name, name)
+            self._name = None
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # swept when the store is opened
+            if self._name is not None:
+                self._system.unlink(self._folder, self._name)
+        with suppress(OSError):  # it is on the device, or not wanted
+            self._system.close(self.descriptor)
