@@ -30,8 +30,8 @@ class RamBackend(DeviceBackend, DivisibleBackend):
     def divides(self, nbytes: int) -> bool:
         return nbytes >= UNIT and (-nbytes % UNIT) * _WASTE <= nbytes
 
-    def reserve(self, nbytes: int) -> torch.Tensor:
-        return reserve(nbytes)
+    def reserve(self, nbytes: int, phase: int = 0) -> torch.Tensor:
+        return reserve(nbytes, phase)
 
     def place(self, memory: torch.Tensor, pieces: Mapping[str, int]) -> None:
         start = 0
@@ -57,11 +57,11 @@ class RamBackend(DeviceBackend, DivisibleBackend):
             else:
                 _show_file(place, part)
 
-    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
+    def allocate(self, key: str, spec: TensorSpec, phase: int = 0) -> torch.Tensor:
         place = self._places.get(key)
         self._spans.collect()
         self._arena.limit(self._most - self._spans.held)
-        tensor = super().allocate(key, spec) if place is None else typed_view(self._spans.fill(place), spec)
+        tensor = super().allocate(key, spec, phase) if place is None else typed_view(self._spans.fill(place), spec)
         self._most = max(self._most, self._arena.live_bytes + self._spans.live)
         self._spans.cool(self._arena.held_bytes + self._spans.held - self._most)
         return tensor
@@ -83,11 +83,15 @@ class RamBackend(DeviceBackend, DivisibleBackend):
 
 
 def _show_file(place: Place, extent: FileExtent) -> None:
-    """Map a part of a file where a piece would lie, or read it where the file has it at another offset within a page."""
+    """Map a part of a file where a piece would lie, or read it where the file has it at another offset within a page.
+
+    What is left of the first and the last page of a whole belongs to nobody else.
+    """
     file = OpenFile.of(extent.path, extent.file)
     try:
-        if extent.offset % PAGE == 0:
-            System().map(place.address, place.nbytes, file.fileno(), extent.offset)
+        before = extent.offset % PAGE
+        if before == place.address % PAGE:
+            System().map(place.address - before, place.nbytes + before, file.fileno(), extent.offset - before)
         else:
             file.read(place.memory[place.start : place.start + place.nbytes].data, extent.offset)
     finally:

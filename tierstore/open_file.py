@@ -80,11 +80,22 @@ class OpenFile:
         while position < len(memory):
             count = self._read_on(memory[position:], offset + position)
             if count == 0:
-                raise CorruptionError("?", self.path, f"the file ends {len(memory) - position} bytes before the end of what was asked for")
+                raise self._too_short(len(memory) - position)
             position += count
         if cached < asked:
             # one page alone may be there only because the device was quick to answer the question
             self._uncache(offset + (cached if cached > PAGE else 0), offset + asked)
+
+    def read_through_cache(self, memory: memoryview, offset: int) -> None:
+        """Like `read`, by way of the page cache, which keeps what was read: for small parts that are soon wanted again."""
+        while len(memory):
+            count = os.preadv(self._buffered, [memory], offset)
+            if not count:
+                raise self._too_short(len(memory))
+            memory, offset = memory[count:], offset + count
+
+    def _too_short(self, lacking: int) -> CorruptionError:
+        return CorruptionError("?", self.path, f"the file ends {lacking} bytes before the end of what was asked for")
 
     def _read_cached(self, memory: memoryview, offset: int) -> tuple[int, int]:
         """Read what is cached from the start on; return how many bytes that were, and how many were asked for."""

@@ -36,6 +36,12 @@ def open_backend(name: str, *args: Any, **options: Any) -> Backend:
     return backend_class(name)(*args, **options)
 
 
+def open_url(url: str) -> Backend:
+    """Construct the backend for a URL: the one named like its scheme, or else the one for everything remote."""
+    scheme = url.partition("://")[0]
+    return open_backend(scheme if scheme in backend_names() else "remote", url)
+
+
 def duplicate_names() -> list[str]:
     """Return backend names that more than one distribution claims."""
     values = {(point.name, point.value) for point in entry_points(group=GROUP)}
