@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from tierstore.open_file import OpenFile
@@ -12,12 +13,17 @@ _SHARE = 8  # of the files that a process may open, one in so many; each takes t
 _MOST = 1024
 
 
+def _plainly(path: Path) -> OpenFile:
+    return OpenFile(str(path))
+
+
 class OpenFiles:
     """Open files by path, for several threads. When there are as many as there may be, no more are kept: reads in a loop
     over more files than that would otherwise find none of them open.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opener: Callable[[Path], OpenFile] = _plainly) -> None:
+        self._opener = opener
         self._lock = threading.Lock()
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = _MOST if limit == resource.RLIM_INFINITY else min(_MOST, limit // _SHARE)
@@ -27,7 +33,7 @@ class OpenFiles:
         """Return the file, open, to be shared by whoever reads it; None if no more can be kept."""
         with self._lock:
             if path not in self._files and len(self._files) < self._most:
-                self._files[path] = OpenFile(str(path))
+                self._files[path] = self._opener(path)
             return self._files.get(path)
 
     def forget(self, path: Path) -> None:
