@@ -144,6 +144,18 @@ class Residency:
         self.drop(entry, level)
         return True
 
+    def write_down(self, entry: Entry, level: int) -> bool:
+        """Copy the newest value of an entry to a slower tier with free room, and keep the other copies; False if there is none."""
+        self.wait_until_idle(entry)
+        if level in entry.tiers or level < min(entry.tiers) or not self.tiers[level].ledger.reserve(entry.nbytes):
+            return level in entry.tiers
+        self.mark_busy(entry)
+        try:
+            self.copy(entry, min(entry.tiers), level)
+        finally:
+            self.unmark_busy(entry)
+        return level in entry.tiers
+
     # -- copies -------------------------------------------------------------------------------------------------
 
     def copy(self, entry: Entry, source: int, target: int) -> None:

@@ -13,14 +13,17 @@ from tierstore.spec import TensorSpec, raw_bytes, storable
 class Moves(Leasing):
     """Everything that can happen to entries: moves, leases and, here, writes. What a `TieredStore` is built on."""
 
-    def put(self, key: str, tensor: torch.Tensor, *, evict: bool) -> None:
-        """Store a copy of `tensor` in the fastest tier that can take it (`evict`), or that has free room. Takes the lock itself."""
+    def put(self, key: str, tensor: torch.Tensor, *, evict: bool, fastest: int = 0) -> None:
+        """Store a copy of `tensor` in the fastest tier that can take it (`evict`), or that has free room, from level `fastest` on.
+
+        Takes the lock itself.
+        """
         if not isinstance(key, str):
             raise TierStoreError(f"a key is a str, got {type(key).__name__}")
         tensor = storable(tensor)
         spec = TensorSpec.of(tensor)
         with self.lock:
-            entry, level = self._claim(key, spec, evict=evict)
+            entry, level = self._claim(key, spec, evict=evict, fastest=fastest)
             try:
                 if level is None:
                     self._write_in_place(entry, tensor)
@@ -29,7 +32,7 @@ class Moves(Leasing):
             finally:
                 self._unclaim(entry)
 
-    def _claim(self, key: str, spec: TensorSpec, *, evict: bool) -> tuple[Entry, int | None]:
+    def _claim(self, key: str, spec: TensorSpec, *, evict: bool, fastest: int) -> tuple[Entry, int | None]:
         """Mark the entry of `key` busy and reserve room for a new value: its level, or None to write over the old one."""
         while True:
             self.check_open()
@@ -43,7 +46,7 @@ class Moves(Leasing):
                 raise TierStoreError(f"{key!r} is leased as {entry.spec}; a value of another shape or dtype can be put after the lease")
             self.mark_busy(entry)
             try:
-                level = None if entry.leases else self._reserve(spec.nbytes, evict=evict)
+                level = None if entry.leases else self._reserve(spec.nbytes, evict=evict, fastest=fastest)
             except BaseException:
                 self._unclaim(entry)
                 raise
@@ -59,8 +62,8 @@ class Moves(Leasing):
         if not entry.tiers:  # a new key whose first write failed
             del self.entries[entry.key]
 
-    def _reserve(self, nbytes: int, *, evict: bool) -> int | None:
-        levels = range(len(self.tiers))
+    def _reserve(self, nbytes: int, *, evict: bool, fastest: int) -> int | None:
+        levels = range(fastest, len(self.tiers))
         if not evict:
             for level in levels:
                 if self.tiers[level].ledger.reserve(nbytes):
