@@ -1,9 +1,11 @@
 """A tiered tensor store for PyTorch: run any model inside a byte budget for each tier."""
 
-from tierstore.backend import Backend, FileBackend, FileExtent, MappedBackend, MemoryBackend
+from tierstore.backend import Backend, FileBackend, FileExtent, MappedBackend, MemoryBackend, SourceBackend
+from tierstore.checkpoint.meta import on_meta
 from tierstore.errors import (
     BackendError,
     BudgetError,
+    CheckpointError,
     ClosedError,
     CorruptionError,
     MissingKeyError,
@@ -14,6 +16,7 @@ from tierstore.errors import (
 )
 from tierstore.planning.classic import LRU
 from tierstore.planning.policy import Policy
+from tierstore.pretrained import from_pretrained
 from tierstore.registry import backend_class, backend_names, open_backend
 from tierstore.session import Tiered, tiered
 from tierstore.sizes import format_size, parse_size
@@ -27,6 +30,7 @@ __all__ = [
     "Backend",
     "BackendError",
     "BudgetError",
+    "CheckpointError",
     "ClosedError",
     "CorruptionError",
     "FileBackend",
@@ -38,6 +42,7 @@ __all__ = [
     "ModelError",
     "Policy",
     "SizeError",
+    "SourceBackend",
     "Stats",
     "TensorSpec",
     "Tier",
@@ -49,6 +54,8 @@ __all__ = [
     "backend_class",
     "backend_names",
     "format_size",
+    "from_pretrained",
+    "on_meta",
     "open_backend",
     "parse_size",
     "tiered",
