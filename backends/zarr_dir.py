@@ -1,61 +1,58 @@
-"""A zarr v3 group on local disk, one array for each value, which plain zarr-python and other readers open too.
+"""A zarr v3 group on local disk, one array for each value, which plain zarr-python, tensorstore and others open too.
 
 A dense tensor is the array that it looks like; one with gaps or overlaps is the bytes it spans. Dtypes that zarr lacks
 are unsigned integers of the same size. Attributes of each array hold the key, dtype, shape and stride.
+
+[Note: plain bytes]
+Each array is one chunk without compression, in the order of the tensor's memory: where that is not the order of the
+array, a transpose codec says so to zarr. So the chunk file is the value's bytes from its first byte on, and is read as any
+file is, without zarr (whose own way takes ten times as long).
+
+[Note: other writers]
+Anybody may write to an array with zarr-python meanwhile. It replaces chunk files, so every read opens the file anew unless it
+is still the one that was opened last, and what was handed out does not change. A chunk of another size, or metadata that
+describes other bytes, is damage; so is a missing chunk, which zarr-python leaves where all elements are zero unless it is
+told `write_empty_chunks`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import zarr
-from zarr.buffer.cpu import NDBuffer
+from zarr.codecs import TransposeCodec
 from zarr.storage import LocalStore
 
-from tierstore.backend import Backend
+from tierstore.backend import FileBackend, FileExtent
+from tierstore.backends._files import OpenFiles
 from tierstore.backends._lock import (
     TEMPORARY,
     DirectoryLock,
     check_format,
-    dtype_name,
-    key_fields,
-    key_from,
     opening,
     prepare_root,
     read_json,
-    spec_from,
+    replace_file,
     sync_path,
 )
+from tierstore.backends._zarr_metadata import MARKER, attributes_of, chunk_of, described, layout_of, node_name
 from tierstore.errors import ClosedError, CorruptionError
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
 
-if TYPE_CHECKING:  # names of some zarr releases only
-    from zarr.core.common import JSON
-    from zarr.types import AnyArray
-
-FORMAT_NAME, FORMAT_VERSION = "tierstore-zarr", 1
-MARKER = "zarr.json"
+FORMAT_NAME, FORMAT_VERSION = "tierstore-zarr", 2
 
 _REPLACED = f"{TEMPORARY}old-"
-_LONGEST_NAME = 100  # characters; file systems stop at 255, and `_REPLACED` comes before it
-_NATIVE = frozenset(
-    ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-    + ("float16", "float32", "float64", "complex64", "complex128")
-)  # dtypes that numpy and zarr have too, by the same names
 
 
-class ZarrBackend(Backend):
+class ZarrBackend(FileBackend):
     """Keeps tensors as arrays of the zarr group at `path`, which it creates; one store at a time has it open.
 
     Each array is written aside, flushed and renamed into place; what a crash leaves in between is put right when the group
@@ -66,6 +63,8 @@ class ZarrBackend(Backend):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
         self._closed = False
+        self._known: dict[str, tuple[_Identity, _Identity | None]] = {}  # which metadata and chunk of each key were found right
+        self._files = OpenFiles()
         with opening(self.path):
             prepare_root(self.path, marker=MARKER)
             self._lock = DirectoryLock(self.path / MARKER)
@@ -86,27 +85,24 @@ class ZarrBackend(Backend):
         spec = TensorSpec.of(tensor)
         temporary = self.path / f"{TEMPORARY}{secrets.token_hex(8)}"
         try:
-            self._write(temporary.name, key, tensor)
+            self._write(temporary, key, tensor)
             _sync_tree(temporary)
             _replace_directory(temporary, self.node_of(key))
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        self._forget(key)
         self._specs[key] = spec  # before the flush, since the new array is in place even if that fails
         sync_path(self.path)
 
     def get(self, key: str) -> torch.Tensor:
-        self._check_open()
-        spec = self._specs[key]
-        node = self.node_of(key)
-        array = self._open_array(node, key)
-        if _described(array, node, key) != (key, spec):
-            raise CorruptionError(key, str(node), "its attributes have changed")
-        _check_chunk(key, node, array, spec)
+        extent = self._find(key)
         with torch.inference_mode(False), torch.no_grad():
-            raw = torch.empty(spec.nbytes, dtype=torch.uint8, device="cpu")
-            array.get_basic_selection(Ellipsis, out=NDBuffer.from_numpy_array(_as_array(raw, spec)))
-            return typed_view(raw, spec)
+            return typed_view(_map_file(extent.path, extent.nbytes), self._specs[key])
+
+    def extent(self, key: str) -> FileExtent:
+        extent = self._find(key)
+        return FileExtent(extent.path, 0, extent.nbytes, self._files.of(Path(extent.path)))
 
     def delete(self, key: str) -> None:
         self._check_open()
@@ -117,6 +113,7 @@ class ZarrBackend(Backend):
             aside = self.path / f"{TEMPORARY}{secrets.token_hex(8)}"
             node.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
+        self._forget(key)
         del self._specs[key]
 
     def entries(self) -> Iterator[tuple[str, TensorSpec]]:
@@ -126,6 +123,7 @@ class ZarrBackend(Backend):
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            self._files.close()
             self._store.close()
             self._lock.release()
 
@@ -150,92 +148,83 @@ class ZarrBackend(Backend):
 
     def _load(self) -> Iterator[tuple[str, TensorSpec]]:
         for node in sorted(path for path in self.path.iterdir() if path.is_dir()):
-            key, spec = _described(self._open_array(node, "?"), node, "?")
+            key, spec = described(node, "?")
             if node_name(key) != node.name:
                 raise CorruptionError(key, str(node), "the array is named for another key")
             yield key, spec
 
-    def _open_array(self, node: Path, key: str) -> AnyArray:
-        try:
-            return zarr.open_array(self._store, path=node.name, mode="r", zarr_format=3)
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptionError(key, str(node), f"its metadata does not describe an array: {error}") from error
-
-    def _write(self, name: str, key: str, tensor: torch.Tensor) -> None:
+    def _write(self, node: Path, key: str, tensor: torch.Tensor) -> None:
         spec = TensorSpec.of(tensor)
-        dtype, shape, chunks = _layout(spec)
-        array = zarr.create_array(
+        dtype, shape, order = layout_of(spec)
+        zarr.create_array(
             self._store,
-            name=name,
+            name=node.name,
             shape=shape,
             dtype=dtype,
-            chunks=chunks,
+            chunks=tuple(max(1, size) for size in shape),
             compressors=None,
-            filters=None,
+            filters=[TransposeCodec(order=order)] if order != tuple(range(len(shape))) else None,
             fill_value=0,
-            attributes=_attributes(key, spec),
-            config={"write_empty_chunks": True},  # or zeros would look like a lost chunk
+            attributes=attributes_of(key, spec),
         )
         if spec.nbytes:
-            array[...] = _as_array(raw_bytes(tensor).cpu(), spec)
+            chunk = chunk_of(node, len(shape))
+            chunk.parent.mkdir(parents=True, exist_ok=True)
+            if not shape:
+                shutil.rmtree(chunk, ignore_errors=True)  # zarr makes a directory of the name that is the chunk's
+            replace_file(chunk, (raw_bytes(tensor).cpu().numpy().data,), sync=False)
+
+    def _find(self, key: str) -> FileExtent:
+        """Return where the bytes of `key` lie, after checking that the metadata still describe them, and that they are all there."""
+        self._check_open()
+        spec = self._specs[key]
+        node = self.node_of(key)
+        chunk = chunk_of(node, len(layout_of(spec)[1])) if spec.nbytes else node / MARKER
+        try:
+            identity = _identity(node / MARKER)
+        except OSError as error:
+            raise CorruptionError(key, str(node), f"its metadata cannot be read: {error}") from error
+        try:
+            found = _identity(chunk)
+        except FileNotFoundError:
+            raise CorruptionError(key, str(chunk), "the chunk is missing") from None
+        if spec.nbytes and found.size != spec.nbytes:
+            raise CorruptionError(key, str(chunk), f"the chunk has {found.size} bytes instead of {spec.nbytes}")
+        if self._known.get(key) != (identity, found):
+            self._files.forget(chunk)
+            if described(node, key) != (key, spec):
+                raise CorruptionError(key, str(node), "its attributes have changed")
+            self._known[key] = identity, found
+        return FileExtent(str(chunk), 0, spec.nbytes)
+
+    def _forget(self, key: str) -> None:
+        """Let nothing be known of the files of `key`, which are replaced or deleted."""
+        if self._known.pop(key, None) is not None and key in self._specs:
+            self._files.forget(chunk_of(self.node_of(key), len(layout_of(self._specs[key])[1])))
+            self._files.forget(self.node_of(key) / MARKER)
 
 
-def node_name(key: str) -> str:
-    """Return the name of the array of `key`: no two keys share one, not even where case does not count."""
-    # zarr reserves names that start with "__", and "%" alone cannot come from an encoded key
-    name = re.sub(rb"^_|[^a-z0-9_-]", lambda found: b"%%%02X" % found[0][0], key.encode("utf-8", "surrogatepass")).decode()
-    if len(name) > _LONGEST_NAME:
-        return f"%sha256-{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
-    return name or "%"
-
-
-def _attributes(key: str, spec: TensorSpec) -> dict[str, JSON]:
-    return {
-        **key_fields(key, "tierstore_key"),
-        "tierstore_dtype": dtype_name(spec.dtype),
-        "tierstore_shape": list(spec.shape),
-        "tierstore_stride": list(spec.stride),
-    }
-
-
-def _described(array: AnyArray, node: Path, key: str) -> tuple[str, TensorSpec]:
-    """Return the key and spec in the attributes; raise `CorruptionError` if the array cannot hold such a tensor."""
-    fields: Mapping[str, object] = array.attrs.asdict()
+def _map_file(path: str, nbytes: int) -> torch.Tensor:
+    """Map the first `nbytes` of a file copy-on-write as a uint8 tensor; an empty one is no map."""
+    if nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     try:
-        key = key_from(fields, "tierstore_key")
-        spec = spec_from(*(fields.get(f"tierstore_{name}") for name in ("dtype", "shape", "stride")))
-    except ValueError as error:
-        raise CorruptionError(key, str(node), str(error)) from error
-    if (array.dtype, array.shape, array.chunks) != _layout(spec):
-        raise CorruptionError(key, str(node), "the array does not match its attributes")
-    return key, spec
+        return torch.from_file(path, shared=False, size=nbytes, dtype=torch.uint8, device="cpu")
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, f"cannot be mapped ({error})", path) from error
 
 
-def _layout(spec: TensorSpec) -> tuple[np.dtype, tuple[int, ...], tuple[int, ...]]:
-    """Return dtype, shape and chunk shape of the array that holds a tensor of `spec`."""
-    if not spec.dense:
-        return np.dtype(np.uint8), (spec.nbytes,), (max(1, spec.nbytes),)
-    name = dtype_name(spec.dtype)
-    dtype = np.dtype(name if name in _NATIVE else f"uint{8 * spec.dtype.itemsize}")
-    return dtype, spec.shape, tuple(max(1, size) for size in spec.shape)
+class _Identity(NamedTuple):
+    """What differs when a file is replaced or written to."""
+
+    inode: int
+    modified_ns: int
+    size: int
 
 
-def _as_array(raw: torch.Tensor, spec: TensorSpec) -> npt.NDArray[np.generic]:
-    """Return the bytes of a tensor as the array that holds it, sharing their memory."""
-    dtype, shape, _ = _layout(spec)
-    strides = tuple(step * dtype.itemsize for step in spec.stride) if spec.dense and spec.nbytes else None
-    return np.ndarray(shape, dtype, buffer=raw.numpy().data, strides=strides)
-
-
-def _check_chunk(key: str, node: Path, array: AnyArray, spec: TensorSpec) -> None:
-    """Raise unless the only chunk is there in full: zarr would read a missing one as zeros."""
-    if spec.nbytes == 0:
-        return
-    chunk = node.joinpath("c", *("0" for _ in array.shape))
-    if not chunk.is_file():
-        raise CorruptionError(key, str(chunk), "the chunk is missing")
-    if chunk.stat().st_size != spec.nbytes:
-        raise CorruptionError(key, str(chunk), f"the chunk has {chunk.stat().st_size} bytes instead of {spec.nbytes}")
+def _identity(file: Path) -> _Identity:
+    status = file.stat()
+    return _Identity(status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 def _group_format(group: object) -> object:

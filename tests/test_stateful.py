@@ -12,11 +12,19 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tierstore.testing.stateful import POLICIES, VARIANTS, StoreMachine, drive
+from tierstore.testing.values import make_value
+from tierstore.tier import Tier
 from tierstore.writing import Moves
 
 # examples of 40 steps; the rest of the default run is left to `drive`, which does ten times as many steps a second
-EXAMPLES = {"memory_only": 50, "three_memories": 50, "disk_last": 30, "bounded_disk": 30, "zarr_last": 10, "disk_over_zarr": 10}
-DRIVEN = {"memory_only": 4000, "three_memories": 4000, "disk_last": 1500, "bounded_disk": 1500, "zarr_last": 500, "disk_over_zarr": 500}
+EXAMPLES = {
+    "memory_only": 50, "three_memories": 50, "disk_last": 30, "bounded_disk": 30, "zarr_last": 10, "disk_over_zarr": 10,
+    "compressed_memory": 20, "compressed_last": 20, "remote_last": 10,
+}  # fmt: skip
+DRIVEN = {
+    "memory_only": 4000, "three_memories": 4000, "disk_last": 1500, "bounded_disk": 1500, "zarr_last": 500, "disk_over_zarr": 500,
+    "compressed_memory": 1500, "compressed_last": 1500, "remote_last": 1000,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -75,3 +83,20 @@ def test_a_million_steps(variant: str, capsys: pytest.CaptureFixture[str]) -> No
     driven = drive(total // len(VARIANTS), int(os.environ.get("TIERSTORE_SEED", "0")), VARIANTS[variant])
     with capsys.disabled():
         sys.stdout.write(f"\n{variant}: {driven}\n")
+
+
+def test_a_ledger_that_keeps_what_compression_saved_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tier, "written", lambda tier, key, reserved: None)
+    with pytest.raises(AssertionError, match=r"over compressed_memory: ram: the ledger says"):
+        drive(500, seed=0, make_tiers=VARIANTS["compressed_memory"])
+
+
+def test_compressed_variants_compress(tmp_path: Path) -> None:
+    """Random bits would all be kept as they are, and the sizes that differ never be met."""
+    tiers = VARIANTS["compressed_memory"](tmp_path)
+    for seed in range(20):
+        tiers[1].backend.put(str(seed), make_value(size=30, seed=seed, sparse=seed % 2 == 0))
+    raw = sum(spec.nbytes for _, spec in tiers[1].backend.entries())
+    assert raw / 3 < tiers[1].held_bytes() < 0.9 * raw
+    for tier in tiers:
+        tier.backend.close()

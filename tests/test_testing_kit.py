@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 
-from tierstore.backend import Backend, MappedBackend, MemoryBackend
+from tierstore.backend import Backend, FileBackend, FileExtent, MappedBackend, MemoryBackend, ReadingBackend, SizingBackend
 from tierstore.planning.classic import LRU
-from tierstore.planning.policy import Policy
+from tierstore.planning.names import policy_factory
+from tierstore.planning.policy import Foresight, Policy
 from tierstore.registry import open_backend
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
 from tierstore.testing import ConformanceError, Delays, DictBackend, Faults, InjectedError, check_backend, check_policy, wrap
+from tierstore.testing.conformance import BACKEND_RULES, POLICY_RULES
 from tierstore.testing.faults import Call, Moment
 from tierstore.testing.values import DTYPES, LAYOUTS, bits, make_value, overwrite
 
@@ -29,6 +34,7 @@ def device_backend() -> MemoryBackend:
 
 
 DeviceBackend = type(device_backend())
+RamBackend = type(open_backend("ram"))
 
 
 # -- sound backends pass ----------------------------------------------------------------------------------------------
@@ -43,7 +49,18 @@ class Kept(DictBackend):
         return other
 
 
-@pytest.mark.parametrize("make", [DictBackend, device_backend, lambda: open_backend("pinned")])
+SOUND = [
+    DictBackend,
+    device_backend,
+    lambda: open_backend("pinned"),
+    lambda: open_backend("ram"),
+    lambda: Filed(),
+    lambda: Reads(),
+    lambda: Sizes(),
+]
+
+
+@pytest.mark.parametrize("make", SOUND)
 def test_sound_backends_pass(make: Callable[[], Backend]) -> None:
     check_backend(make)
 
@@ -328,10 +345,184 @@ class AllocatesDense(OwnPut):
         return torch.empty(spec.shape, dtype=spec.dtype)
 
 
+class Scatters(RamBackend):  # type: ignore[valid-type, misc]
+    """Adopts what it is given where that lies."""
+
+    def adopt(self, key: str, tensor: torch.Tensor) -> None:
+        self._tensors[key] = tensor
+
+
+class NeverDivides(RamBackend):  # type: ignore[valid-type, misc]
+    def divides(self, nbytes: int) -> bool:
+        return False
+
+
+class LeavesHoles(RamBackend):  # type: ignore[valid-type, misc]
+    def complete(self, memory: torch.Tensor, parts: Mapping[int, FileExtent | torch.Tensor]) -> None:
+        super().complete(memory, {})
+
+
 class LeakingMemory(DeviceBackend):  # type: ignore[valid-type, misc]
     def delete(self, key: str) -> None:
         self.__dict__.setdefault("bin", []).append(self.get(key))
         super().delete(key)
+
+
+class WritesToCaller(DictBackend):
+    """Turns the bytes around in the tensor that it was given."""
+
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        super().put(key, tensor)
+        raw_bytes(tensor).copy_(raw_bytes(tensor).flip(0))
+
+
+class ReturnsParameters(DictBackend):
+    def get(self, key: str) -> torch.Tensor:
+        return torch.nn.Parameter(super().get(key), requires_grad=False)
+
+
+class WantsGradients(DictBackend):
+    def get(self, key: str) -> torch.Tensor:
+        found = super().get(key)
+        return found.requires_grad_(found.dtype is torch.float32)
+
+
+class FollowsTheDefaultDevice(DictBackend):
+    def get(self, key: str) -> torch.Tensor:
+        spec, raw = self._values[key]
+        copy = torch.empty(spec.nbytes, dtype=torch.uint8)
+        return typed_view(copy.copy_(raw), spec)
+
+
+class TruncatesLarge(DictBackend):
+    """Takes one read call for all of the file."""
+
+    def get(self, key: str) -> torch.Tensor:
+        found = super().get(key)
+        raw_bytes(found)[4 << 20 :] = 0
+        return found
+
+
+class Filed(DictBackend, FileBackend):
+    """Also writes each value to a file of its own, behind eight bytes of something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folder = TemporaryDirectory()
+        self._count = itertools.count()
+        self._paths: dict[str, Path] = {}
+
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        super().put(key, tensor)
+        self._paths[key] = self.place(key)
+        self._paths[key].write_bytes(b"8 bytes." + raw_bytes(tensor).numpy().tobytes())
+
+    def place(self, key: str) -> Path:
+        return Path(self._folder.name, str(next(self._count)))
+
+    def delete(self, key: str) -> None:
+        super().delete(key)
+        self._paths.pop(key).unlink()
+
+    def extent(self, key: str) -> FileExtent:
+        return FileExtent(str(self._paths[key]), 8, self._values[key][0].nbytes)
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+
+class ForgetsItsHeader(Filed):
+    def extent(self, key: str) -> FileExtent:
+        return replace(super().extent(key), offset=0)
+
+
+class CountsElements(Filed):
+    """Takes the elements' bytes for the bytes that they span."""
+
+    def extent(self, key: str) -> FileExtent:
+        spec = self._values[key][0]
+        return replace(super().extent(key), nbytes=torch.Size(spec.shape).numel() * spec.dtype.itemsize)
+
+
+class WritesInPlace(Filed):
+    def place(self, key: str) -> Path:
+        return self._paths.get(key) or super().place(key)
+
+
+class Reads(DictBackend, ReadingBackend):
+    def read_into(self, key: str, out: torch.Tensor) -> None:
+        out.copy_(self._values[key][1])
+
+
+class ReadsTheFirstPart(Reads):
+    def read_into(self, key: str, out: torch.Tensor) -> None:
+        out[: 1 << 20] = self._values[key][1][: 1 << 20]
+
+
+class ReadsWholePages(Reads):
+    """Rounds up to what its device likes, past the end of the memory that is not its own."""
+
+    def read_into(self, key: str, out: torch.Tensor) -> None:
+        super().read_into(key, out)
+        end = out.storage_offset() + out.numel()
+        torch.empty(0, dtype=torch.uint8).set_(out.untyped_storage(), end, (16,), (1,)).zero_()
+
+
+class ReadsNothing(Reads):
+    def read_into(self, key: str, out: torch.Tensor) -> None:
+        if key in self._values:
+            super().read_into(key, out)
+
+
+class Sizes(DictBackend, SizingBackend):
+    """Counts a value of zeros as one byte."""
+
+    def stored_bytes(self, key: str) -> int:
+        raw = self._values[key][1]
+        return len(raw) if raw.any() else min(1, len(raw))
+
+
+class CountsItsHeader(Sizes):
+    def stored_bytes(self, key: str) -> int:
+        return super().stored_bytes(key) + 16
+
+
+class CountsTheFirstValue(Sizes):
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[str, int] = {}
+
+    def stored_bytes(self, key: str) -> int:
+        return self._sizes.setdefault(key, super().stored_bytes(key))
+
+
+class GuessesASize(Sizes):
+    def stored_bytes(self, key: str) -> int:
+        return self._values[key][0].nbytes // 2
+
+
+class SizesAnything(Sizes):
+    def stored_bytes(self, key: str) -> int:
+        return super().stored_bytes(key) if key in self._values else 0
+
+
+class KeepsDeleted(DictBackend):
+    def __init__(self) -> None:
+        super().__init__()
+        self._bin: list[object] = []
+
+    def delete(self, key: str) -> None:
+        self._bin.append(self._values[key])
+        super().delete(key)
+
+
+class KeepsReplaced(KeepsDeleted):
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        self._bin.append(self._values.get(key))
+        super().put(key, tensor)
+
+    def delete(self, key: str) -> None:
+        DictBackend.delete(self, key)
 
 
 class FailingClose(DictBackend):
@@ -339,18 +530,58 @@ class FailingClose(DictBackend):
         raise RuntimeError("already gone")
 
 
+class LeavesAThread(DictBackend):
+    """Starts one at the first put, and ends it never (a test ends it, so that no other test sees it)."""
+
+    over = threading.Event()
+
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        super().put(key, tensor)
+        if "_thread" not in self.__dict__:
+            self.__dict__["_thread"] = thread = threading.Thread(target=self.over.wait, name=f"left by {id(self)}", daemon=True)
+            thread.start()
+
+
+class LeavesAFile(DictBackend):
+    def __init__(self) -> None:
+        super().__init__()
+        os.open(os.devnull, os.O_RDONLY)
+
+
 BROKEN_BACKENDS = {
     LosesDtype: "dtype", LosesShape: "shape", LosesStride: "stride", LosesBits: "bits", RefusesDtype: "bits",
-    AliasesCaller: "put copies", HandsOutItsMemory: "get is private", ReusesMemory: "get survives", ClearsOnDelete: "get survives",
+    AliasesCaller: "put copies", WritesToCaller: "put only reads", HandsOutItsMemory: "get is private", ReusesMemory: "get survives",
+    ClearsOnDelete: "get survives", ReturnsParameters: "plain tensor", WantsGradients: "plain tensor",
+    FollowsTheDefaultDevice: "plain tensor", TruncatesLarge: "large values",
     ReturnsNoneForMissing: "missing key", WrongErrorForMissing: "missing key", DeletesMissingInSilence: "missing key",
-    KeepsTheFirstValue: "overwrite", ListsOldSpec: "overwrite", DenseEntries: "entries", ForgetsEmpty: "entries", ListsTwice: "missing key",
-    ListsDeleted: "missing key", FoldsCase: "odd keys", ShortKeys: "odd keys", NormalisesUnicode: "odd keys",
+    KeepsTheFirstValue: "overwrite", ListsOldSpec: "overwrite", DenseEntries: "entries", ForgetsEmpty: "entries",
+    ListsTwice: "missing key", ListsDeleted: "missing key", FoldsCase: "odd keys", ShortKeys: "odd keys", NormalisesUnicode: "odd keys",
     DropsBeforeWriting: "atomic put", RecordsBeforeWriting: "atomic put", StoresNothingForNothing: "atomic put", SharesABuffer: "threads",
     LosesOnReopen: "reopen", RevivesOnReopen: "reopen", CopyingMemory: "live memory",
-    CopyingAdopt: "adopt", AllocatesOnce: "allocate", AllocatesDense: "allocate",
-    LeakingMemory: "delete",
-    FailingClose: "close",
+    CopyingAdopt: "adopt", AllocatesOnce: "allocate", AllocatesDense: "allocate", LeakingMemory: "delete",
+    Scatters: "pieces", NeverDivides: "pieces", LeavesHoles: "pieces",
+    ForgetsItsHeader: "extent", CountsElements: "extent", WritesInPlace: "extent",
+    ReadsTheFirstPart: "read into", ReadsWholePages: "read into", ReadsNothing: "read into",
+    CountsItsHeader: "stored bytes", CountsTheFirstValue: "stored bytes", GuessesASize: "stored bytes", SizesAnything: "stored bytes",
+    KeepsDeleted: "release", KeepsReplaced: "release", FailingClose: "close", LeavesAThread: "close", LeavesAFile: "close",
 }  # fmt: skip
+
+
+def test_every_rule_has_a_specimen_that_breaks_it() -> None:
+    assert {*BROKEN_BACKENDS.values(), "fresh"} == BACKEND_RULES
+    assert {*BROKEN_POLICIES.values()} == POLICY_RULES
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_left() -> Iterator[None]:
+    """A specimen may leave a file open, and not keep it."""
+    before = {path.name for path in Path("/proc/self/fd").iterdir()}
+    LeavesAThread.over.clear()
+    yield
+    for path in Path("/proc/self/fd").iterdir():
+        if path.name not in before and path.is_symlink() and str(path.readlink()) == os.devnull:
+            os.close(int(path.name))
+    LeavesAThread.over.set()
 
 
 @pytest.mark.parametrize(("broken", "rule"), BROKEN_BACKENDS.items(), ids=lambda value: getattr(value, "__name__", value))
@@ -453,13 +684,87 @@ class Hides(Listed):
         return iter(self._keys[:10])
 
 
+class NeverEmpty(Listed):
+    def __init__(self) -> None:
+        super().__init__()
+        self._keys = ["example"]
+
+
+class ForgetsBatches(Listed):
+    def access_all(self, keys: list[str]) -> None:
+        self._keys = [key for key in self._keys if key not in keys]
+
+
+class Seer(Listed, Foresight):
+    """Expects each key again after all others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._gone: list[str] = []
+
+    def remove(self, key: str) -> None:
+        super().remove(key)
+        self._gone.append(key)
+
+    def insert(self, key: str, nbytes: int) -> None:
+        super().insert(key, nbytes)
+        self._gone = [other for other in self._gone if other != key]
+
+    @property
+    def plan(self) -> None:
+        return None
+
+    def would_move(self, budget: int) -> None:
+        return None
+
+    def wanted(self) -> str | None:
+        return self._gone[0] if self._gone else None
+
+    def spare(self) -> Iterator[str]:
+        return iter(self._keys[:1])
+
+    def budget(self, nbytes: int | None) -> None:
+        pass
+
+    def together(self, keys: Sequence[str]) -> None:
+        pass
+
+    def timed(self, now: Callable[[], float]) -> None:
+        pass
+
+    def waited(self, seconds: float) -> None:
+        pass
+
+
+class WantsWholeSeconds(Seer):
+    def waited(self, seconds: float) -> None:
+        range(seconds)  # type: ignore[call-overload]
+
+
+class WantsWhatIsThere(Seer):
+    def wanted(self) -> str | None:
+        return self._keys[0] if self._keys else None
+
+
+class SparesWhatHasGone(Seer):
+    def spare(self) -> Iterator[str]:
+        return iter(self._keys + self._gone)
+
+
+class SparesTwice(Seer):
+    def spare(self) -> Iterator[str]:
+        return iter(self._keys * 2)
+
+
 BROKEN_POLICIES = {
     Forgetful: "insert again", Twice: "insert again", NeverRemoves: "remove", AccessInserts: "access", RefusesAccess: "access",
-    Consumes: "stable order", Rotates: "stable order", ReturnsList: "iterator", Hides: "insert",
+    Consumes: "stable order", Rotates: "stable order", ReturnsList: "iterator", Hides: "insert", NeverEmpty: "fresh",
+    SharedState: "independence", ForgetsBatches: "access all", WantsWhatIsThere: "wanted", SparesWhatHasGone: "spare", SparesTwice: "spare",
+    WantsWholeSeconds: "told",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [LRU, Listed])
+@pytest.mark.parametrize("make", [LRU, Listed, Seer, *map(policy_factory, ("fifo", "mru", "tinylfu", "auto"))])
 def test_sound_policies_pass(make: Callable[[], Policy]) -> None:
     for seed in range(5):
         check_policy(make, events=400, seed=seed)
@@ -467,14 +772,10 @@ def test_sound_policies_pass(make: Callable[[], Policy]) -> None:
 
 @pytest.mark.parametrize(("broken", "rule"), BROKEN_POLICIES.items(), ids=lambda value: getattr(value, "__name__", value))
 def test_a_broken_policy_is_caught(broken: type[Policy], rule: str) -> None:
+    SharedState._everybody.clear()
     with pytest.raises(ConformanceError) as caught:
         check_policy(broken)
     assert caught.value.rule == rule, caught.value
-
-
-def test_policies_that_share_state_are_caught() -> None:
-    with pytest.raises(ConformanceError):
-        check_policy(SharedState)
 
 
 # -- faults and delays ------------------------------------------------------------------------------------------------

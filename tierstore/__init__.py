@@ -1,6 +1,18 @@
 """A tiered tensor store for PyTorch: run any model inside a byte budget for each tier."""
 
-from tierstore.backend import Backend, FileBackend, FileExtent, MappedBackend, MemoryBackend, SourceBackend
+from tierstore.backend import (
+    Backend,
+    DistantBackend,
+    FileBackend,
+    FileExtent,
+    MappedBackend,
+    MemoryBackend,
+    ReadingBackend,
+    ReadOnlyBackend,
+    SizingBackend,
+    SourceBackend,
+    VolatileBackend,
+)
 from tierstore.checkpoint.meta import on_meta
 from tierstore.errors import (
     BackendError,
@@ -10,6 +22,8 @@ from tierstore.errors import (
     CorruptionError,
     MissingKeyError,
     ModelError,
+    ReadOnlyError,
+    RemoteError,
     SizeError,
     TierStoreError,
     UnsupportedTensorError,
@@ -33,6 +47,7 @@ __all__ = [
     "CheckpointError",
     "ClosedError",
     "CorruptionError",
+    "DistantBackend",
     "FileBackend",
     "FileExtent",
     "LinkStats",
@@ -41,7 +56,12 @@ __all__ = [
     "MissingKeyError",
     "ModelError",
     "Policy",
+    "ReadOnlyBackend",
+    "ReadOnlyError",
+    "ReadingBackend",
+    "RemoteError",
     "SizeError",
+    "SizingBackend",
     "SourceBackend",
     "Stats",
     "TensorSpec",
@@ -51,6 +71,7 @@ __all__ = [
     "Tiered",
     "TieredStore",
     "UnsupportedTensorError",
+    "VolatileBackend",
     "backend_class",
     "backend_names",
     "format_size",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tierstore.errors import ReadOnlyError
 from tierstore.open_file import OpenFile
 from tierstore.recipe import Recipe, Stored
 from tierstore.spec import TensorSpec, raw_bytes
@@ -46,7 +47,47 @@ class Backend(ABC):
         """Release files, maps and memory. Called once, last."""
 
 
-class MemoryBackend(Backend):
+class ReadOnlyBackend(Backend):
+    """A backend whose values others wrote: a store reads them, and never writes, evicts or deletes there."""
+
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        raise ReadOnlyError(f"{key!r} cannot be written: this {type(self).__name__} only reads; put a tier that takes values above it")
+
+    def delete(self, key: str) -> None:
+        raise ReadOnlyError(f"{key!r} cannot be deleted: this {type(self).__name__} only reads")
+
+
+class VolatileBackend(Backend):
+    """A backend whose values are lost when the process ends."""
+
+    def trim(self) -> None:
+        """Give memory that was kept for later back to the system; the store calls it when a budget shrinks."""
+
+
+class ReadingBackend(Backend):
+    """A backend that can read a value straight into memory which somebody else provides."""
+
+    @abstractmethod
+    def read_into(self, key: str, out: torch.Tensor) -> None:
+        """Fill `out`, a contiguous uint8 CPU tensor, with the bytes that the value spans in memory, gaps included.
+
+        `out` has exactly that size. When it raises, as `get` does, what `out` holds is undefined.
+        """
+
+
+class DistantBackend(ReadingBackend):
+    """A backend so far away that what was fetched from it is worth writing to a tier in between, rather than fetching it again."""
+
+
+class SizingBackend(Backend):
+    """A backend in which a value takes another number of bytes than its tensor spans: fewer, never more."""
+
+    @abstractmethod
+    def stored_bytes(self, key: str) -> int:
+        """Return what the value of `key` takes, at most its spec's `nbytes`; it changes only with `put` of that key."""
+
+
+class MemoryBackend(VolatileBackend):
     """A backend whose values are live tensors on `device`: what `get` returns is the stored memory itself."""
 
     device: torch.device
@@ -62,9 +103,6 @@ class MemoryBackend(Backend):
         Where it can, large memory begins `phase` bytes (a multiple of the element size) after a multiple of 4096, which
         lets bytes that begin so in a file be read around the page cache.
         """
-
-    def trim(self) -> None:
-        """Give memory that was kept for later back to the system; the store calls it when a budget shrinks."""
 
 
 class DivisibleBackend(MemoryBackend):

@@ -91,3 +91,9 @@ class Entry:
     @property
     def resident(self) -> bool:
         return 0 in self.tiers
+
+    def writes(self) -> int:
+        """Return torch's count of writes to the resident value; a tensor made in inference mode has none."""
+        if self.guard is not None:
+            return self.guard.writes()
+        return 0 if self.tensor is None or self.tensor.is_inference() else self.tensor._version

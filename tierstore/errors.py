@@ -30,6 +30,10 @@ class BackendError(TierStoreError, RuntimeError):
     """A backend that cannot be opened, found or used."""
 
 
+class ReadOnlyError(BackendError):
+    """A write to a backend that only reads."""
+
+
 class UnsupportedTensorError(TierStoreError, TypeError):
     """A tensor, or an operation on one, that the store cannot honour."""
 
@@ -78,6 +82,20 @@ class CheckpointError(TierStoreError, RuntimeError):
         self.unexpected = tuple(unexpected)
         self.mismatched = tuple(mismatched)
         super().__init__(message)
+
+
+class RemoteError(TierStoreError, OSError):
+    """A store elsewhere that refused a request, or kept failing for as many attempts as are made."""
+
+    def __init__(self, operation: str, attempts: int, reason: str) -> None:
+        self.operation = operation
+        self.attempts = attempts
+        self.reason = reason
+        tried = "" if attempts == 1 else f" {attempts} times"
+        super().__init__(f"{operation} failed{tried}: {reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteError, (self.operation, self.attempts, self.reason)
 
 
 class CorruptionError(TierStoreError, OSError):

@@ -47,7 +47,8 @@ class Flights(Residency):
         self._ending = 0  # copies whose value can be used before they have ended
         self._failed: dict[str, BaseException] = {}  # by key; not tried ahead of use again: who needs the value meets it
         self._pumping = False
-        self._foresights = [(level, tier.policy) for level, tier in enumerate(self.tiers[:-1]) if isinstance(tier.policy, Foresight)]
+        above_home = enumerate(self.tiers[: self.home])
+        self._foresights = [(level, tier.policy) for level, tier in above_home if isinstance(tier.policy, Foresight)]
 
     def begin(self, entry: Entry, source: int, target: int) -> Flight:
         """Start to copy an entry that is marked busy into a tier where its bytes are reserved; releases the lock for a moment.
@@ -114,8 +115,9 @@ class Flights(Residency):
 
     def _place(self, flight: Flight) -> None:
         """The target holds the value now."""
-        entry = flight.entry
-        self.tiers[flight.target].ledger.release(flight.outdated or 0)
+        entry, tier = flight.entry, self.tiers[flight.target]
+        tier.ledger.release(flight.outdated or 0)
+        tier.written(entry.key, entry.nbytes)
         self.placed(entry, flight.target)
         if flight.target < flight.source < len(self.tiers) - 1:
             self.tiers[flight.source].policy.access(entry.key)
@@ -130,7 +132,8 @@ class Flights(Residency):
                 tier.stale[flight.entry.key] = flight.outdated
         else:
             tier.ledger.release(flight.outdated or 0)
-            tier.stale[flight.entry.key] = flight.entry.nbytes
+            tier.written(flight.entry.key, flight.entry.nbytes)
+            tier.outdate(flight.entry.key, flight.entry.nbytes)
 
     def fetch(self, entry: Entry) -> Flight | None:
         """Start to bring an entry into the fast tier if it is not there and room can be made."""
@@ -198,8 +201,8 @@ class Flights(Residency):
 
         What only this tier holds is written down first, which happens once: what has a home below is dropped later.
         """
-        ledger = self.tiers[level].ledger
-        excess = ledger.excess(nbytes)
+        tier = self.tiers[level]
+        excess = tier.ledger.excess(nbytes)
         leaving: list[Entry] = []
         while excess > 0:
             key = next(candidates, None)
@@ -208,7 +211,7 @@ class Flights(Residency):
             entry = self.entries[key]
             if self.evictable(entry, level):
                 leaving.append(entry)
-                excess -= entry.nbytes
+                excess -= tier.taken(entry.key, entry.nbytes)
         for entry in leaving:
             if level not in entry.tiers or not self.evictable(entry, level):
                 continue
@@ -218,4 +221,4 @@ class Flights(Residency):
             except Exception as error:  # noqa: BLE001  (this is ahead of use: who truly needs the room meets the error)
                 self._failed[entry.key] = error
                 return False
-        return ledger.reserve(nbytes)
+        return tier.ledger.reserve(nbytes)

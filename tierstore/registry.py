@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -37,9 +38,14 @@ def open_backend(name: str, *args: Any, **options: Any) -> Backend:
 
 
 def open_url(url: str) -> Backend:
-    """Construct the backend for a URL: the one named like its scheme, or else the one for everything remote."""
+    """Construct the backend for a URL: the one named like its scheme, or else the one for everything remote.
+
+    Where that can make a place of its own, which goes at the end, it does.
+    """
     scheme = url.partition("://")[0]
-    return open_backend(scheme if scheme in backend_names() else "remote", url)
+    made = backend_class(scheme if scheme in backend_names() else "remote")
+    opener: Callable[[str], Backend] = getattr(made, "scratch", made)
+    return opener(url)
 
 
 def duplicate_names() -> list[str]:

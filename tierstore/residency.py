@@ -27,12 +27,14 @@ class Residency:
     """Entries, tiers and the one lock over both.
 
     `lock` is a condition that is notified whenever room, a busy mark or a lease is given up. Methods expect it held
-    unless they say otherwise; `copy` releases it around the transfer. `handed_out` counts the bytes that readers may use
-    without a lease, and `noted` has the keys that they used since `catch_up`; readers append to it without the lock.
+    unless they say otherwise; `copy` releases it around the transfer. `home` is the level of the slowest tier that takes
+    values. `handed_out` counts the bytes that readers may use without a lease, and `noted` has the keys that they used
+    since `catch_up`; readers append to it without the lock.
     """
 
     def __init__(self, tiers: Sequence[Tier], engine: Engine) -> None:
         self.tiers = list(tiers)
+        self.home = max(level for level, tier in enumerate(tiers) if tier.writable)
         self.engine = engine
         self.lock = threading.Condition(threading.Lock())
         self.entries: dict[str, Entry] = {}
@@ -84,14 +86,10 @@ class Residency:
 
     def make_room(self, level: int, nbytes: int) -> bool:
         """Reserve `nbytes` in a tier, evicting what may leave now; False (and nothing reserved) if that is not enough."""
-        tier = self.tiers[level]
-        if not tier.ledger.fits(nbytes):
+        if not self.tiers[level].takes(nbytes):
             return False
         stuck: set[str] = set()
-        while not tier.ledger.reserve(nbytes):
-            if tier.stale:
-                self.delete_stale(tier, next(iter(tier.stale)))
-                continue
+        while not self.free_room(level, nbytes):
             victim = self._victim(level, stuck)
             if victim is None:
                 return False
@@ -99,16 +97,28 @@ class Residency:
                 stuck.add(victim.key)
         return True
 
+    def free_room(self, level: int, nbytes: int) -> bool:
+        """Like `make_room`, at the cost of outdated copies only."""
+        tier = self.tiers[level]
+        while not tier.ledger.reserve(nbytes):
+            if not tier.stale:
+                return False
+            self.delete_stale(tier, next(iter(tier.stale)))
+        return True
+
     def evict(self, entry: Entry, level: int) -> bool:
         """Take one copy out of a tier: drop it if another one serves, else write it down first.
 
+        One that is served by a distant tier only is written to a tier in between, if one can take it: that is its cache.
         False if nothing can take it, or if somebody still reads what was handed out of it.
         """
         if level == 0 and not self.withdraw(entry):
             return False
-        if any(other > level for other in entry.tiers) or self._only_upper_needed(entry, level):
-            self.drop(entry, level)
-        elif not self._demote(entry, level):
+        below = min((other for other in entry.tiers if other > level), default=None)
+        if below is not None or self._only_upper_needed(entry, level):
+            if below is None or not self._cached(entry, level, below):
+                self.drop(entry, level)
+        elif not self._demote(entry, level, len(self.tiers)):
             return False
         self.counters.evictions += 1
         return True
@@ -130,10 +140,20 @@ class Residency:
         """In the last tier a copy may go when a faster tier has one too: tiers are exclusive where bytes are short."""
         return level == len(self.tiers) - 1 and any(other < level for other in entry.tiers)
 
-    def _demote(self, entry: Entry, level: int) -> bool:
+    def _cached(self, entry: Entry, level: int, below: int) -> bool:
+        """Move a copy to a tier above the distant one at `below` that backs it; False if it is nearer, or none takes it."""
+        if not self.tiers[below].distant or below == level + 1:
+            return False
+        try:
+            return self._demote(entry, level, below)
+        except (OSError, TierStoreError):  # who needs the room here is not concerned by a cache that fails
+            return False
+
+    def _demote(self, entry: Entry, level: int, stop: int) -> bool:
+        """Move a copy to the first tier below it, and above the one at `stop`, that can take it."""
         self.mark_busy(entry)
         try:
-            for lower in range(level + 1, len(self.tiers)):
+            for lower in range(level + 1, stop):
                 if self.make_room(lower, entry.nbytes):
                     self.copy(entry, level, lower)
                     break
@@ -143,18 +163,6 @@ class Residency:
             self.unmark_busy(entry)
         self.drop(entry, level)
         return True
-
-    def write_down(self, entry: Entry, level: int) -> bool:
-        """Copy the newest value of an entry to a slower tier with free room, and keep the other copies; False if there is none."""
-        self.wait_until_idle(entry)
-        if level in entry.tiers or level < min(entry.tiers) or not self.tiers[level].ledger.reserve(entry.nbytes):
-            return level in entry.tiers
-        self.mark_busy(entry)
-        try:
-            self.copy(entry, min(entry.tiers), level)
-        finally:
-            self.unmark_busy(entry)
-        return level in entry.tiers
 
     # -- copies -------------------------------------------------------------------------------------------------
 
@@ -172,10 +180,11 @@ class Residency:
             carried = entry.nbytes
         finally:
             self.link_ended(entry.key, (source, target), started, carried)
+        tier.written(entry.key, entry.nbytes)
         if version == entry.version:
             self.added(entry, target)
         else:  # written to meanwhile through a lease
-            tier.stale[entry.key] = entry.nbytes
+            tier.outdate(entry.key, entry.nbytes)
 
     def link_ended(self, key: str, route: tuple[int, int], started: float, carried: int) -> None:
         """Count a copy that has ended; `carried` bytes are none if it failed."""
@@ -214,7 +223,7 @@ class Residency:
         self.timeline.moved(self.engine.now(), entry.key, level, came=True)
         if level == 0 and tier.memory:
             entry.tensor = tier.backend.get(entry.key)
-            entry.seen = _writes(entry)
+            entry.seen = entry.writes()
 
     def drop(self, entry: Entry, level: int) -> None:
         """Delete one copy and give its bytes back."""
@@ -227,7 +236,7 @@ class Residency:
         entry.tiers.discard(level)
         self.timeline.moved(self.engine.now(), entry.key, level, came=False)
         tier.policy.remove(entry.key)
-        tier.ledger.release(entry.nbytes)
+        tier.dropped(entry.key, entry.nbytes)
         if level == 0:
             self._let_go(entry)
         self.wake()
@@ -241,10 +250,10 @@ class Residency:
             tier = self.tiers[level]
             entry.tiers.discard(level)
             tier.policy.remove(entry.key)
-            tier.stale[entry.key] = entry.nbytes
+            tier.outdate(entry.key, entry.nbytes)
             if level == 0:
                 self._let_go(entry)
-            if tier.memory:
+            if tier.volatile:
                 with suppress(OSError, TierStoreError):
                     self.delete_stale(tier, entry.key)
 
@@ -258,12 +267,12 @@ class Residency:
         """Make the resident copy of `entry`, which was written in place, the only valid one."""
         entry.version += 1
         if entry.tensor is not None:
-            entry.seen = _writes(entry)
+            entry.seen = entry.writes()
         self.invalidate(entry, keep=0)
 
     def refresh(self, entry: Entry) -> None:
         """Take note of writes to the resident value that nobody told of; before a copy of it elsewhere is taken for equal."""
-        if entry.tensor is not None and _writes(entry) != entry.seen:
+        if entry.tensor is not None and entry.writes() != entry.seen:
             self.outdate(entry)
 
     # -- reads without a lease ------------------------------------------------------------------------------------
@@ -339,11 +348,3 @@ class Residency:
         """Let every waiting thread look again. Until it has, it does not count as waiting in vain."""
         self._waiting.clear()
         self.lock.notify_all()
-
-
-def _writes(entry: Entry) -> int:
-    """Return torch's count of writes to the resident value; a tensor made in inference mode has none."""
-    if entry.guard is not None:
-        return entry.guard.writes()
-    tensor = entry.tensor
-    return 0 if tensor is None or tensor.is_inference() else tensor._version

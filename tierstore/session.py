@@ -59,8 +59,8 @@ def tiered(
 
     `model`: a module, or a list or dict of modules that share the budgets. `gpu`, `cpu`: sizes (`"8GiB"`, bytes, or None:
     that tier is left out, except that the computing tier is unlimited when no size is given at all). `disk`: a directory for
-    scratch files, a `(directory, size)` pair, a URL, or a `Backend`. `device`: where to compute; by default the accelerator if
-    one works, else the CPU. The tier called `gpu` is memory of that device, also when it is the CPU.
+    scratch files, a `(directory, size)` pair, a URL for scratch objects, or a `Backend`. `device`: where to compute; by default
+    the accelerator if one works, else the CPU. The tier called `gpu` is memory of that device, also when it is the CPU.
 
     `checkpoint`: the directory, file or URL whose tensors are the weights of a model on the meta device, found by name and
     used where they lie; `dtype` casts them on the way up. What is written goes to `disk`, or beside the checkpoint. Such a

@@ -9,9 +9,9 @@ from types import TracebackType
 
 import torch
 
-from tierstore.backend import Backend, MemoryBackend
+from tierstore.backend import VolatileBackend
 from tierstore.entry import Entry
-from tierstore.errors import BudgetError, TierStoreError
+from tierstore.errors import BudgetError, ReadOnlyError, TierStoreError
 from tierstore.lease import Lease
 from tierstore.picture import draw
 from tierstore.planning.names import policy_factory
@@ -20,7 +20,7 @@ from tierstore.planning.policy import Foresight, PolicyFactory
 from tierstore.sizes import Size, parse_size
 from tierstore.spec import TensorSpec
 from tierstore.stats import Stats, TierStats
-from tierstore.tier import Tier
+from tierstore.tier import Tier, check_order
 from tierstore.transfer.engine import Engine
 from tierstore.transfer.streams import engine_for
 from tierstore.writing import Moves
@@ -40,6 +40,7 @@ class TieredStore:
         names = [tier.name for tier in tiers]
         if len(set(names)) < len(names):
             raise TierStoreError(f"tier names must differ, got {names}")
+        check_order(tiers)
         make_policy, engine = policy_factory(policy), engine_for(tiers[0].backend) if engine is None else engine
         for tier in tiers:
             tier.policy = make_policy()
@@ -117,12 +118,18 @@ class TieredStore:
             entry = self._moves.idle_entry(key)
             if entry.leases:
                 raise TierStoreError(f"{key!r} is leased; delete it after the lease has ended")
+            self._check_deletable(entry)
             for tier in self._moves.tiers:  # stale copies first: the value must not outlive its end in an older version
                 if key in tier.stale:
                     self._moves.delete_stale(tier, key)
             for level in sorted(entry.tiers):
                 self._moves.drop(entry, level)
             del self._moves.entries[key]
+
+    def _check_deletable(self, entry: Entry) -> None:
+        for level, tier in enumerate(self._moves.tiers):
+            if not tier.writable and (level in entry.tiers or entry.key in tier.stale):
+                raise ReadOnlyError(f"{entry.key!r} cannot be deleted: tier {tier.name!r} has it, and only reads")
 
     def __contains__(self, key: object) -> bool:
         with self._lock:
@@ -189,7 +196,7 @@ class TieredStore:
                     hint="release leases first, or give the tiers below more room",
                 )  # fmt: skip
             backend, policy = self._moves.tiers[level].backend, self._moves.tiers[level].policy
-            if isinstance(backend, MemoryBackend):
+            if isinstance(backend, VolatileBackend):
                 backend.trim()
             if isinstance(policy, Foresight):
                 policy.budget(budget)
@@ -231,35 +238,13 @@ class TieredStore:
     # -- the end ------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Write every value to the last tier, so that opening it again finds all of them; nothing leaves the faster tiers."""
-        last = len(self._moves.tiers) - 1
+        """Write every value to the last tier that takes values, so that opening it again finds all of them.
+
+        Nothing leaves the faster tiers. What a tier below holds, which only reads, is as safe there.
+        """
         with self._lock:
             self._moves.check_open()
-            self._check_fits_all(self._moves.tiers[last])
-            for entry in list(self._moves.entries.values()):
-                self._moves.wait_until_idle(entry)
-                self._moves.refresh(entry)
-                if last in entry.tiers or self._moves.entries.get(entry.key) is not entry:
-                    continue
-                self._moves.mark_busy(entry)
-                try:
-                    if not self._moves.make_room(last, entry.nbytes):
-                        raise self._moves.no_room(f"flushing {entry.key!r}", entry.nbytes, last)
-                    self._moves.copy(entry, min(entry.tiers), last)
-                finally:
-                    self._moves.unmark_busy(entry)
-            for tier in self._moves.tiers[:-1]:  # or an older version in a persistent one would be found first
-                for key in list(tier.stale):
-                    self._moves.delete_stale(tier, key)
-
-    def _check_fits_all(self, tier: Tier) -> None:
-        """Raise before anything moves if a tier cannot hold every value at once."""
-        total = sum(entry.nbytes for entry in self._moves.entries.values())
-        if not tier.ledger.fits(total):
-            raise BudgetError(
-                "flushing", tier=tier.name, required_bytes=total, budget_bytes=tier.ledger.budget or 0,
-                hint=f"raise the budget of {tier.name!r}, delete values, or close(flush=False) to lose them",
-            )  # fmt: skip
+            self._moves.flush()
 
     def close(self, *, flush: bool | None = None) -> None:
         """Flush (by default if the last tier outlives the process), then close every backend. Closing twice is fine."""
@@ -268,7 +253,7 @@ class TieredStore:
         background, self._background = self._background, None
         if background is not None:
             background.shutdown(wait=True, cancel_futures=True)
-        if flush if flush is not None else self._persistent(self._moves.tiers[-1].backend):
+        if flush if flush is not None else not self._moves.tiers[self._moves.home].volatile:
             self.flush()
         with self._lock:
             if not self._moves.close():
@@ -310,13 +295,13 @@ class TieredStore:
         """Take over what a persistent tier held before; a faster tier's value is the newer one."""
         tier = self._moves.tiers[level]
         for key, spec in tier.backend.entries():
-            if not tier.ledger.reserve(spec.nbytes):
+            if not tier.found(key, spec.nbytes):
                 raise BudgetError(
                     f"opening what {tier.name!r} already holds", tier=tier.name,
-                    required_bytes=sum(spec.nbytes for _, spec in tier.backend.entries()), budget_bytes=tier.ledger.budget or 0,
+                    required_bytes=tier.held_bytes(), budget_bytes=tier.ledger.budget or 0,
                 )  # fmt: skip
             if key in self._moves.entries:
-                tier.stale[key] = spec.nbytes
+                tier.outdate(key, spec.nbytes)
                 continue
             entry = self._moves.entries[key] = Entry(key, spec)
             self._moves.added(entry, level)
@@ -336,7 +321,3 @@ class TieredStore:
         ledger = tier.ledger
         count = sum(level in entry.tiers for entry in self._moves.entries.values())
         return TierStats(ledger.budget, ledger.used, ledger.peak, count, ledger.aside)
-
-    @staticmethod
-    def _persistent(backend: Backend) -> bool:
-        return not isinstance(backend, MemoryBackend)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from tierstore.backend import SizingBackend
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, TierStoreError
 from tierstore.leasing import Leasing
 from tierstore.spec import TensorSpec, raw_bytes, storable
+from tierstore.tier import Tier
 
 
 class Moves(Leasing):
@@ -32,6 +34,18 @@ class Moves(Leasing):
             finally:
                 self._unclaim(entry)
 
+    def write_down(self, entry: Entry, level: int) -> bool:
+        """Copy the newest value of an entry to a slower tier with free room, and keep the other copies; False if there is none."""
+        self.wait_until_idle(entry)
+        if level in entry.tiers or level < min(entry.tiers) or not self.tiers[level].ledger.reserve(entry.nbytes):
+            return level in entry.tiers
+        self.mark_busy(entry)
+        try:
+            self.copy(entry, min(entry.tiers), level)
+        finally:
+            self.unmark_busy(entry)
+        return level in entry.tiers
+
     def _claim(self, key: str, spec: TensorSpec, *, evict: bool, fastest: int) -> tuple[Entry, int | None]:
         """Mark the entry of `key` busy and reserve room for a new value: its level, or None to write over the old one."""
         while True:
@@ -53,7 +67,7 @@ class Moves(Leasing):
             if level is not None or entry.leases or (entry.resident and entry.spec == spec):
                 return entry, level
             self._unclaim(entry)
-            if not any(tier.ledger.fits(spec.nbytes) for tier in self.tiers):
+            if not any(tier.takes(spec.nbytes) for tier in self.tiers):
                 raise self.no_room(f"putting {key!r}", spec.nbytes)
             self.wait_for_others(lambda: self.no_room(f"putting {key!r}", spec.nbytes))
 
@@ -66,7 +80,7 @@ class Moves(Leasing):
         levels = range(fastest, len(self.tiers))
         if not evict:
             for level in levels:
-                if self.tiers[level].ledger.reserve(nbytes):
+                if self.tiers[level].writable and self.tiers[level].ledger.reserve(nbytes):
                     return level
         return next((level for level in levels if self.make_room(level, nbytes)), None)
 
@@ -80,29 +94,77 @@ class Moves(Leasing):
             self.removed(entry, level)
         entry.describe(spec)
         entry.version += 1
+        tier.written(entry.key, spec.nbytes)
         self.added(entry, level)
         entry.ready = ready
 
     def _write_in_place(self, entry: Entry, tensor: torch.Tensor) -> None:
         """Overwrite a resident value of the same spec, which its lease holders see change."""
-        target = entry.tensor
+        target, tier = entry.tensor, self.tiers[0]
         self.engine.computing()
         self._wait_until_ready((entry,))
+        growth = entry.nbytes - tier.taken(entry.key, entry.nbytes)
+        if growth and not self.make_room(0, growth):  # a value that compresses well may be followed by one that does not
+            raise self.no_room(f"putting {entry.key!r}", entry.nbytes, 0)
         self.lock.release()
         try:
             if target is None:
-                self.tiers[0].backend.put(entry.key, tensor)
+                tier.backend.put(entry.key, tensor)
             else:
                 with torch.no_grad():
                     raw_bytes(target).copy_(raw_bytes(tensor))
-        finally:
+        except BaseException:
             self.lock.acquire()
+            tier.ledger.release(growth)
+            raise
+        self.lock.acquire()
+        tier.written(entry.key, entry.nbytes)
         self.outdate(entry)
+
+    def flush(self) -> None:
+        """Copy what no tier from `home` on holds into that tier; expects the lock held, and releases it around each copy.
+
+        Raises `BudgetError` before anything moves where it is clear that not all will fit.
+        """
+        home = self.tiers[self.home]
+        # where only the writing shows whether all will fit, nothing may be evicted that was flushed a moment ago
+        make_room = self.free_room if isinstance(home.backend, SizingBackend) else self.make_room
+        self._check_fits_all(home)
+        for entry in list(self.entries.values()):
+            self.wait_until_idle(entry)
+            self.refresh(entry)
+            if self.entries.get(entry.key) is not entry or max(entry.tiers) >= self.home:
+                continue
+            self.mark_busy(entry)
+            try:
+                if not make_room(self.home, entry.nbytes):
+                    raise self.no_room(f"flushing {entry.key!r}", entry.nbytes, self.home)
+                self.copy(entry, min(entry.tiers), self.home)
+            finally:
+                self.unmark_busy(entry)
+        for tier in self.tiers[: self.home]:  # or an older version in a persistent one would be found first
+            for key in list(tier.stale):
+                self.delete_stale(tier, key)
+
+    def _check_fits_all(self, home: Tier) -> None:
+        """Raise unless `home` may be able to hold every value at once; what its backend makes of those to come is not known."""
+        total = 0
+        for entry in self.entries.values():
+            if self.home in entry.tiers:
+                total += home.taken(entry.key, entry.nbytes)
+            elif max(entry.tiers, default=0) < self.home and not isinstance(home.backend, SizingBackend):
+                total += entry.nbytes
+        if not home.ledger.fits(total):
+            raise BudgetError(
+                "flushing", tier=home.name, required_bytes=total, budget_bytes=home.ledger.budget or 0,
+                hint=f"raise the budget of {home.name!r}, delete values, or close(flush=False) to lose them",
+            )  # fmt: skip
 
     def no_room(self, operation: str, nbytes: int, level: int | None = None) -> BudgetError:
         """Return the error for a value that no tier, or not the one at `level`, can take."""
         tiers = self.tiers
-        tier = tiers[level] if level is not None else max(tiers, key=lambda t: (t.ledger.budget is None, t.ledger.budget or 0))
+        takers = (tier for tier in tiers if tier.writable)
+        tier = tiers[level] if level is not None else max(takers, key=lambda t: (t.ledger.budget is None, t.ledger.budget or 0))
         return BudgetError(
             operation, tier=tier.name, required_bytes=nbytes, budget_bytes=tier.ledger.budget or 0,
             hint="raise a budget, add a slower tier, or delete the older value first",

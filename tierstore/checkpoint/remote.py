@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 from tqdm import tqdm
 
 from tierstore.errors import CheckpointError

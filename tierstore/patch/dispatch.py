@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ def dispatch(func: Any, args: Args, kwargs: Kwargs) -> Any:
     first = args[0] if args else None
     if isinstance(first, Wrapper):
         if op.kind is Kind.VIEW:
+            if op.composite:  # it may turn out to be a copy
+                return func.decompose(*args, **kwargs)
             view = _view(func, first, args[1:], kwargs)
             if view is not None:
                 return view
@@ -206,10 +208,11 @@ def _compute_once(func: Any, op: Op, args: Args, kwargs: Kwargs) -> Any:
         return _compute_once(func, op, args, kwargs)
     try:
         plain = {id(wrapper): wrapper.show(wrapper._source.read()) for wrapper in wrappers}
-        if op.custom:
+        if op.custom or op.composite:
             plain = {id(wrapper): _flagged(plain[id(wrapper)], wrapper) for wrapper in wrappers}
         try:
-            result = func(*[_replace(a, plain) for a in args], **{name: _replace(a, plain) for name, a in kwargs.items()})
+            with _views_keep_flags() if op.composite else nullcontext():
+                result = func(*[_replace(a, plain) for a in args], **{name: _replace(a, plain) for name, a in kwargs.items()})
         finally:
             for wrapper in written:
                 wrapper._source.after_write()
@@ -221,6 +224,12 @@ def _compute_once(func: Any, op: Op, args: Args, kwargs: Kwargs) -> Any:
 def _flagged(plain: torch.Tensor, wrapper: Wrapper) -> torch.Tensor:
     """Return `plain` with the `requires_grad` of `wrapper`: `matmul` inside a kernel folds by it, and the last bit changes."""
     return plain.detach().requires_grad_() if wrapper.requires_grad else plain
+
+
+def _views_keep_flags() -> AbstractContextManager[None]:
+    """Let views that a composite operator takes have the `requires_grad` of what they show, as they have where torch calls it."""
+    guard: AbstractContextManager[None] = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False)
+    return guard
 
 
 def _written(op: Op, args: Args, kwargs: Kwargs) -> list[Wrapper]:

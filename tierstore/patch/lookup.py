@@ -10,7 +10,7 @@ import torch
 from tierstore.backend import FileExtent
 from tierstore.entry import Entry
 from tierstore.open_file import OpenFile
-from tierstore.patch.maps import Part, lying, pieces
+from tierstore.patch.maps import Part, lying, pieces, readable_in_place
 from tierstore.patch.stored import StoredSource
 from tierstore.patch.wrapper import Wrapper
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
@@ -35,6 +35,8 @@ def look_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.T
         return None
     if source.resident:
         return _use_unnoticed(func, source, args, kwargs)
+    if not readable_in_place(source):  # each lookup would get all of it, and keep nothing
+        return None
     picked, places = torch.unique(indices.cpu(), return_inverse=True)
     if not picked.numel() or picked[0] < 0 or picked[-1] >= spec.shape[0]:
         return None

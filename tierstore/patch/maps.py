@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from tierstore.backend import DivisibleBackend, FileBackend, FileExtent, MappedBackend, SourceBackend
+from tierstore.backend import DivisibleBackend, FileBackend, FileExtent, MappedBackend, MemoryBackend, SourceBackend
 from tierstore.entry import Entry
 from tierstore.open_file import PAGE
 from tierstore.patch.stored import DividedSource, StoredSource
@@ -66,8 +66,27 @@ def lying(moves: Moves, entry: Entry) -> Part | None:
     if extent is not None:
         return extent
     with moves.lock:
-        backend = moves.tiers[_levels(moves, entry)[0]].backend
-        return None if isinstance(backend, SourceBackend) else raw_bytes(backend.get(entry.key))
+        levels = _levels(moves, entry)
+        backend = moves.tiers[next((level for level in levels if _in_place(moves, level)), levels[0])].backend
+        if isinstance(backend, SourceBackend):
+            return None
+        moves.mark_busy(entry)
+    try:
+        return raw_bytes(backend.get(entry.key))  # without the lock: it may have to be decompressed, or come from far away
+    finally:
+        with moves.lock:
+            moves.unmark_busy(entry)
+
+
+def readable_in_place(source: StoredSource) -> bool:
+    """True if all of a value lies in memory or in mapped files, where a part of it can be read without the rest."""
+    moves = source.host.store.moves
+    with moves.lock:
+        return all(any(_in_place(moves, level) for level in entry.tiers) for entry in source.stored)
+
+
+def _in_place(moves: Moves, level: int) -> bool:
+    return isinstance(moves.tiers[level].backend, MemoryBackend | MappedBackend)
 
 
 def _kept(moves: Moves, entry: Entry) -> Part:

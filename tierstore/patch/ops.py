@@ -34,12 +34,14 @@ class Op:
     """`written`: positions, and `written_names` keyword names, of the arguments that the operator changes.
 
     `custom`: not one of torch's own. Such a kernel may be Python that asks for `requires_grad`, or calls what does.
+    `composite`: made of other operators. With gradients torch takes it apart itself, in inference mode it arrives as a whole.
     """
 
     kind: Kind
     written: tuple[int, ...]
     written_names: tuple[str, ...]
     custom: bool
+    composite: bool
 
 
 # These write their running statistics without saying so in the schema.
@@ -62,7 +64,9 @@ def describe(func: Any) -> Op:
     written = [i for i, argument in enumerate(positional) if argument.alias_info is not None and argument.alias_info.is_write]
     names = [a.name for a in schema.arguments if a.kwarg_only and a.alias_info is not None and a.alias_info.is_write]
     written += _UNDECLARED_WRITES.get(schema.name, ())
-    return Op(_kind(func, schema, bool(written or names)), tuple(written), tuple(names), func.namespace not in ("aten", "prim", "prims"))
+    custom = func.namespace not in ("aten", "prim", "prims")
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return Op(_kind(func, schema, bool(written or names)), tuple(written), tuple(names), custom, composite)
 
 
 def _kind(func: Any, schema: Any, writes: bool) -> Kind:
@@ -93,7 +97,10 @@ View = Geometry | list[Geometry] | None
 
 
 def view_geometry(func: Any, base: Geometry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> View:
-    """Return what `func` makes of a view of geometry `base`; None for a result that geometry cannot describe (a lazy conjugate)."""
+    """Return what `func` makes of a view of geometry `base`; None for a copy, or a view that geometry cannot describe (a lazy conjugate).
+
+    Some operators decide by layout or dtype whether they copy (`reshape`, `contiguous`, `to`).
+    """
     try:
         return _cached_geometry(func, base, _frozen(args), tuple(kwargs.items()))
     except TypeError:  # an argument that cannot be hashed, such as a symbolic size
@@ -117,12 +124,12 @@ def _geometry(func: Any, base: Geometry, args: tuple[Any, ...], kwargs: dict[str
         meta = torch.empty(0, dtype=base.spec.dtype, device="meta").set_(storage, base.offset, base.spec.shape, base.spec.stride)
         result = func(meta, *args, **kwargs)
     if isinstance(result, torch.Tensor):
-        return _of_meta(result)
-    parts = [part for part in map(_of_meta, result) if part is not None]
+        return _of_meta(result, storage)
+    parts = [part for part in (_of_meta(part, storage) for part in result) if part is not None]
     return parts if len(parts) == len(result) else None
 
 
-def _of_meta(meta: torch.Tensor) -> Geometry | None:
-    if meta.is_conj() or meta.is_neg():
+def _of_meta(meta: torch.Tensor, storage: torch.UntypedStorage) -> Geometry | None:
+    if meta.is_conj() or meta.is_neg() or meta.untyped_storage()._cdata != storage._cdata:
         return None
     return Geometry(TensorSpec.of(meta), int(meta.storage_offset()))

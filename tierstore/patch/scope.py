@@ -22,7 +22,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import is_grad_enabled
-from torch.compiler import is_compiling
 
 from tierstore.patch.buffers import BufferCopies, ScopedBuffers, copied_for_calls
 from tierstore.patch.handout import ReadableParameter, ResidentParameter, resident_parameter
@@ -30,6 +29,7 @@ from tierstore.patch.lookup import may_be_looked_up
 from tierstore.patch.pressure import Pressure
 from tierstore.patch.stored import StoredSource
 from tierstore.patch.tensor import TieredTensor
+from tierstore.shield import observed
 from tierstore.writing import Moves
 
 _MOST_NOTED = 512  # uses without a lease that are told to the policy at once
@@ -62,7 +62,7 @@ class Scope:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._module()._call_impl  # type: ignore[union-attr]
-        if (is_grad_enabled() and not self.copies_buffers) or is_compiling():
+        if (is_grad_enabled() and not self.copies_buffers) or observed():
             return call(*args, **kwargs)
         thread, inside = get_ident(), self.inside
         if thread in inside:
@@ -84,8 +84,8 @@ class Scope:
         return self._frame().hand_out(value, neighbours)
 
     def copies(self) -> BufferCopies | None:
-        """Return the buffers of this thread's call; None outside of one, and inside a compiler."""
-        return None if get_ident() not in self.inside or is_compiling() else self._frame().copies
+        """Return the buffers of this thread's call; None outside of one, and where somebody looks at each operation."""
+        return None if get_ident() not in self.inside or observed() else self._frame().copies
 
     def _frame(self) -> Frame:
         thread = get_ident()
@@ -212,7 +212,7 @@ class ScopedParameters(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         value = dict.__getitem__(self, name)
         scope = self.scope
-        if not scope.inside or type(value) is not TieredTensor or is_grad_enabled() or is_compiling():
+        if not scope.inside or type(value) is not TieredTensor or is_grad_enabled() or observed():
             return value  # a Parameter subclass stays wrapped too: readers may test for its class
         if get_ident() not in scope.inside:
             return value

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tierstore.entry import Entry
+from tierstore.shield import shielded
 from tierstore.spec import TensorSpec, typed_view
 from tierstore.store import TieredStore
 
@@ -241,7 +242,8 @@ def _unreachable(base: torch.Tensor) -> torch.Tensor:
 
 def typed_part(base: torch.Tensor, spec: TensorSpec, offset: int) -> torch.Tensor:
     """Return the part of `base`'s memory that starts `offset` elements of `spec` after `base` does."""
-    raw = torch.empty(0, dtype=torch.uint8, device=base.device).set_(
-        base.untyped_storage(), base.storage_offset() * base.dtype.itemsize, (0,), (1,)
-    )
-    return typed_view(raw, spec, offset)
+    with shielded():  # a mode that makes fake tensors must not meet the storage of a real one
+        raw = torch.empty(0, dtype=torch.uint8, device=base.device).set_(
+            base.untyped_storage(), base.storage_offset() * base.dtype.itemsize, (0,), (1,)
+        )
+        return typed_view(raw, spec, offset)

@@ -1,6 +1,6 @@
 """Backends for tests: the plainest one, and wrappers that make any other fail or wait.
 
-A wrapper keeps the capability of what it wraps (`MemoryBackend`, `MappedBackend`), because the store asks for the type.
+A wrapper keeps the capabilities of what it wraps, because the store asks for the types.
 Not `FileBackend`: a reader goes past the backend, so the calls of a wrapper would never see those reads.
 """
 
@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from tierstore.backend import Backend, MappedBackend, MemoryBackend
+from tierstore.backend import Backend, DistantBackend, MappedBackend, MemoryBackend, ReadingBackend, SizingBackend, VolatileBackend
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
 
 Call = Literal["put", "get", "delete", "adopt"]
@@ -161,12 +161,50 @@ class MappedWrapper(Wrapper, MappedBackend):
     """A wrapper around a `MappedBackend`."""
 
 
+class ReadingWrapper(Wrapper, ReadingBackend):
+    """A wrapper around a `ReadingBackend`; reading into memory counts as a "get"."""
+
+    def read_into(self, key: str, out: torch.Tensor) -> None:
+        assert isinstance(self.inner, ReadingBackend)
+        self.interference.around("get", key, self.inner)
+        self.inner.read_into(key, out)
+
+
+class DistantWrapper(ReadingWrapper, DistantBackend):
+    """A wrapper around a `DistantBackend`."""
+
+
+class SizingWrapper(Wrapper, SizingBackend):
+    """A wrapper around a `SizingBackend`."""
+
+    def stored_bytes(self, key: str) -> int:
+        assert isinstance(self.inner, SizingBackend)
+        return self.inner.stored_bytes(key)
+
+
+class VolatileWrapper(Wrapper, VolatileBackend):
+    """A wrapper around a `VolatileBackend`."""
+
+    def trim(self) -> None:
+        assert isinstance(self.inner, VolatileBackend)
+        self.inner.trim()
+
+
+class CodedWrapper(ReadingWrapper, SizingWrapper):
+    """A wrapper around what compresses values."""
+
+
+class VolatileCodedWrapper(CodedWrapper, VolatileWrapper):
+    """A wrapper around what compresses values in memory."""
+
+
 class MemoryWrapper(Wrapper, MemoryBackend):
     """A wrapper around a `MemoryBackend`."""
 
     inner: MemoryBackend
 
-    def __init__(self, inner: MemoryBackend, interference: Interference) -> None:
+    def __init__(self, inner: Backend, interference: Interference) -> None:
+        assert isinstance(inner, MemoryBackend)
         super().__init__(inner, interference)
         self.device = inner.device
 
@@ -181,8 +219,16 @@ class MemoryWrapper(Wrapper, MemoryBackend):
         self.inner.trim()
 
 
+_CAPABILITIES = (MemoryBackend, MappedBackend, ReadingBackend, DistantBackend, SizingBackend, VolatileBackend)
+_WRAPPERS = (
+    Wrapper, MemoryWrapper, MappedWrapper, ReadingWrapper, DistantWrapper, SizingWrapper, VolatileWrapper, CodedWrapper,
+    VolatileCodedWrapper,
+)  # fmt: skip
+
+
 def wrap(backend: Backend, interference: Interference) -> Wrapper:
-    """Return `backend` under `interference` (`Faults` or `Delays`), with the same capability."""
-    if isinstance(backend, MemoryBackend):
-        return MemoryWrapper(backend, interference)
-    return MappedWrapper(backend, interference) if isinstance(backend, MappedBackend) else Wrapper(backend, interference)
+    """Return `backend` under `interference` (`Faults` or `Delays`), with the same capabilities."""
+    for wrapper in _WRAPPERS:
+        if all(issubclass(wrapper, kind) is isinstance(backend, kind) for kind in _CAPABILITIES):
+            return wrapper(backend, interference)
+    raise TypeError(f"no wrapper has the capabilities of {type(backend).__name__}")

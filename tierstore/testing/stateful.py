@@ -72,14 +72,48 @@ def disk_over_zarr(directory: Path) -> list[Tier]:
     return [Tier("cpu", open_backend("device", "cpu"), 900), Tier("disk", disk, 1500), Tier("zarr", zarr)]
 
 
+def compressed_memory(directory: Path) -> list[Tier]:
+    """Memory over compressed memory that can be full, over a disk."""
+    ram = open_backend("compressed", open_backend("device", "cpu"), codec="zstd")
+    disk = open_backend("disk", directory / "disk")
+    return [Tier("gpu", open_backend("device", "cpu"), 900), Tier("ram", ram, 1200), Tier("disk", disk)]
+
+
+def compressed_last(directory: Path) -> list[Tier]:
+    """Memory over a compressed disk that can be full."""
+    disk = open_backend("compressed", open_backend("disk", directory / "disk"), codec="zstd")
+    return [Tier("cpu", open_backend("device", "cpu"), 900), Tier("disk", disk, 2500)]
+
+
+def remote_last(directory: Path) -> list[Tier]:
+    """Memory and a disk, its cache, over a remote tier."""
+    remote = open_backend("remote", f"file://{directory}/remote")
+    return [
+        Tier("cpu", open_backend("device", "cpu"), 900),
+        Tier("disk", open_backend("disk", directory / "disk"), 1500),
+        Tier("remote", remote),
+    ]
+
+
 VARIANTS: dict[str, MakeTiers] = {
-    make.__name__: make for make in (memory_only, three_memories, disk_last, bounded_disk, zarr_last, disk_over_zarr)
+    make.__name__: make
+    for make in (
+        memory_only,
+        three_memories,
+        disk_last,
+        bounded_disk,
+        zarr_last,
+        disk_over_zarr,
+        compressed_memory,
+        compressed_last,
+        remote_last,
+    )
 }
 
 _keys = st.sampled_from(KEYS)
 _some_keys = st.lists(_keys, max_size=4)
 _sizes = st.one_of(st.integers(0, 30), st.sampled_from((50, 100, TOO_LARGE)))
-_tensors = st.builds(make_value, st.sampled_from(DTYPES), st.sampled_from(tuple(LAYOUTS)), _sizes, st.integers(0, 99))
+_tensors = st.builds(make_value, st.sampled_from(DTYPES), st.sampled_from(tuple(LAYOUTS)), _sizes, st.integers(0, 99), st.booleans())
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -177,7 +211,7 @@ def _random_keys(rng: random.Random) -> list[str]:
 
 def _random_tensor(rng: random.Random) -> torch.Tensor:
     size = TOO_LARGE if rng.random() < 0.02 else rng.randrange(rng.choice((4, 20, 60)))
-    return make_value(rng.choice(DTYPES), rng.choice(tuple(LAYOUTS)), size, rng.randrange(1 << 20))
+    return make_value(rng.choice(DTYPES), rng.choice(tuple(LAYOUTS)), size, rng.randrange(1 << 20), rng.random() < 0.4)
 
 
 # how often, and what; the same operations as the rules of StoreMachine

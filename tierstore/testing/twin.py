@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from tierstore.backend import MemoryBackend
 from tierstore.errors import BudgetError, MissingKeyError, TierStoreError
 from tierstore.lease import Lease, LeasedTensors
 from tierstore.spec import TensorSpec, typed_view
@@ -63,7 +62,7 @@ class Twin:
     @property
     def persistent(self) -> bool:
         """True if a closed store is found again."""
-        return not isinstance(self.store.tiers[-1].backend, MemoryBackend)
+        return not self.store.tiers[-1].volatile
 
     @property
     def roomy(self) -> bool:
@@ -229,7 +228,7 @@ class Twin:
     @staticmethod
     def _check_tier(tier: Tier, highest: int | None) -> None:
         ledger = tier.ledger
-        stored = sum(spec.nbytes for _, spec in tier.backend.entries())
+        stored = tier.held_bytes()
         assert ledger.used == stored, f"{tier.name}: the ledger says {ledger.used} bytes, the backend holds {stored}"
         assert ledger.budget is None or ledger.used <= ledger.budget, f"{tier.name}: {ledger.used} bytes used of {ledger.budget}"
         assert highest is None or ledger.peak <= highest, f"{tier.name}: a peak of {ledger.peak} bytes under {highest}"

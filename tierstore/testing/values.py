@@ -69,11 +69,19 @@ def random_bytes(nbytes: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return data & 1 if dtype is torch.bool else data
 
 
-def make_value(dtype: torch.dtype = torch.float32, layout: str = "contiguous", size: int = 4, seed: int = 0) -> torch.Tensor:
-    """Return a tensor of random bits; `layout` is a key of `LAYOUTS` and `size` the length of its main dimension."""
+def make_value(
+    dtype: torch.dtype = torch.float32, layout: str = "contiguous", size: int = 4, seed: int = 0, sparse: bool = False
+) -> torch.Tensor:
+    """Return a tensor of random bits; `layout` is a key of `LAYOUTS` and `size` the length of its main dimension.
+
+    `sparse`: next to none of the bits are set, so that it can be compressed.
+    """
     shape, stride, offset = LAYOUTS[layout](size)
     spec = TensorSpec(dtype, shape, stride)
-    return typed_view(random_bytes((offset + spec.extent) * dtype.itemsize, dtype, seed), spec, offset)
+    data = random_bytes((offset + spec.extent) * dtype.itemsize, dtype, seed)
+    if sparse:
+        data = torch.where(torch.arange(len(data)) % 16 == 0, data & 1, 0).to(torch.uint8)
+    return typed_view(data, spec, offset)
 
 
 def every_value() -> Iterator[tuple[str, torch.Tensor]]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tierstore.backend import Backend, MappedBackend, MemoryBackend
+from tierstore.backend import Backend, MappedBackend, MemoryBackend, ReadingBackend
 from tierstore.entry import Ready
-from tierstore.spec import TensorSpec
+from tierstore.spec import TensorSpec, raw_bytes
 
 Done = Callable[[BaseException | None], None]
 Arrived = Callable[[Ready], None]
@@ -89,9 +89,17 @@ class Engine(ABC):
 
 
 def copy_value(transfer: Transfer) -> None:
-    """Copy through the two backends; a map of a file becomes the value itself where the target is plain memory."""
-    tensor = transfer.source.get(transfer.key)
+    """Copy through the two backends.
+
+    Where the target is plain memory, a map of a file becomes the value itself, and a source that can read into it does.
+    """
     taker = transfer.target
+    if isinstance(transfer.source, ReadingBackend) and isinstance(taker, MemoryBackend) and taker.device.type == "cpu":
+        place = taker.allocate(transfer.key, transfer.spec)
+        transfer.source.read_into(transfer.key, raw_bytes(place))
+        taker.adopt(transfer.key, place)
+        return
+    tensor = transfer.source.get(transfer.key)
     if isinstance(transfer.source, MappedBackend) and isinstance(taker, MemoryBackend) and tensor.device == taker.device:
         taker.adopt(transfer.key, tensor)
     else:
