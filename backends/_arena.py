@@ -46,17 +46,20 @@ class Arena:
         self._regions: list[Region] = []
         self._returned: deque[int] = deque()
 
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """Return a uint8 tensor of `nbytes` with a storage of its own at a multiple of 4096; its contents are undefined."""
+    def allocate(self, nbytes: int, phase: int = 0) -> torch.Tensor:
+        """Return a uint8 tensor of `nbytes` with a storage of its own, `phase` (below 4096) bytes after a multiple of 4096.
+
+        Its contents are undefined.
+        """
         if not nbytes or _DISCARD is None:  # a system that cannot take memory back while the addresses stay
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         with self._lock:
             self._collect()
-            start = self._take(-(-nbytes // PAGE) * PAGE)
+            start = self._take(-(-(phase + nbytes) // PAGE) * PAGE)
             region = self._region_at(start)
             # from_numpy's storage keeps this array until it dies, and nothing else knows it: it ends when the storage does
-            token = region.array(start, nbytes)
-            weakref.finalize(token, _note_end, weakref.ref(self._returned), region, start, nbytes).atexit = False
+            token = region.array(start + phase, nbytes)
+            weakref.finalize(token, _note_end, weakref.ref(self._returned), region, start, phase + nbytes).atexit = False
             self._cool()
         return torch.from_numpy(token)
 

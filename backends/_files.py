@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import resource
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
-from tierstore.file_system import FileSystem
 from tierstore.open_file import OpenFile
 
 _SHARE = 8  # of the files that a process may open, one in so many; each takes two descriptors
@@ -15,11 +15,11 @@ _MOST = 1024
 
 class OpenFiles:
     """Open files by path, for several threads. When there are as many as there may be, no more are kept: reads in a loop
-    over more files than that would otherwise find none of them open.
+    over more files than that would otherwise find none of them open. `opener` opens one.
     """
 
-    def __init__(self, system: FileSystem) -> None:
-        self._system = system
+    def __init__(self, opener: Callable[[Path], OpenFile]) -> None:
+        self._opener = opener
         self._lock = threading.Lock()
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = _MOST if limit == resource.RLIM_INFINITY else min(_MOST, limit // _SHARE)
@@ -30,7 +30,7 @@ class OpenFiles:
         with self._lock:
             file = self._files.get(path)
             if file is None:
-                file = OpenFile(str(path), self._system)
+                file = self._opener(path)
                 if len(self._files) >= self._most:
                     return file, False
                 self._files[path] = file

@@ -56,19 +56,20 @@ class PinnedArena:
         self._regions: list[_LockedRegion] = []
         self._returned: deque[int] = deque()
 
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """Return a uint8 tensor of `nbytes` with a storage of its own, in whole pages; its contents are undefined.
+    def allocate(self, nbytes: int, phase: int = 0) -> torch.Tensor:
+        """Return a uint8 tensor of `nbytes` with a storage of its own, in whole pages, `phase` bytes after the border of one.
 
+        Its contents are undefined.
         Raises `PageLockError`, with nothing changed, if no more memory can be locked.
         """
         if not nbytes:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
         with self._lock:
             self._collect()
-            start = self._take(-(-nbytes // PAGE) * PAGE)
+            start = self._take(-(-(phase + nbytes) // PAGE) * PAGE)
             region = next(region for region in self._regions if region.start <= start < region.stop)
             # from_numpy's storage keeps this array until it dies, and nothing else knows it: it ends when the storage does
-            token = region.array(start, nbytes)
+            token = region.array(start + phase, nbytes)
             weakref.finalize(token, _note_end, weakref.ref(self._returned), region, start).atexit = False
             self._shrink(self._step)
         return torch.from_numpy(token)

@@ -32,17 +32,17 @@ _MAP_FIXED = 0x10
 _MAY_MOVE, _FIXED, _DO_NOT_UNMAP = 1, 2, 4  # of mremap(2)
 
 
-def reserve(nbytes: int) -> torch.Tensor:
-    """Return a uint8 tensor over addresses from the border of a huge page on, without memory.
+def reserve(nbytes: int, phase: int = 0) -> torch.Tensor:
+    """Return a uint8 tensor over addresses from `phase` bytes after the border of a huge page on, without memory.
 
     The addresses stay as long as a tensor over them lives. Raises `MemoryError` if the system refuses so many.
     """
-    return torch.from_numpy(addresses(nbytes))
+    return torch.from_numpy(addresses(nbytes, phase))
 
 
-def addresses(nbytes: int) -> npt.NDArray[np.uint8]:
+def addresses(nbytes: int, phase: int = 0) -> npt.NDArray[np.uint8]:
     """Return what `reserve` makes its tensor of, and what lives as long as any tensor over it."""
-    size = -(-nbytes // UNIT) * UNIT
+    size = -(-(phase + nbytes) // UNIT) * UNIT
     try:
         region = mmap.mmap(-1, size + UNIT, flags=_PRIVATE)
     except OSError as error:
@@ -50,14 +50,14 @@ def addresses(nbytes: int) -> npt.NDArray[np.uint8]:
     if _ADVICE_HUGE is not None:
         region.madvise(_ADVICE_HUGE)
     base = np.frombuffer(region, np.uint8, 1).ctypes.data
-    return np.frombuffer(region, np.uint8, nbytes, -base % UNIT)
+    return np.frombuffer(region, np.uint8, nbytes, -base % UNIT + phase)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
     """Where a piece lies: `nbytes` from `start` on in `memory`, the array behind what `reserve` returned.
 
-    `start` is a multiple of `UNIT`, and so is `nbytes`, unless the piece is the last one.
+    It begins and ends at borders of huge pages, unless the piece is the first or the last one of a whole.
     """
 
     memory: npt.NDArray[np.uint8]
@@ -71,7 +71,8 @@ class Place:
     @property
     def units(self) -> tuple[int, int]:
         """The addresses of its huge pages, first and last."""
-        return self.address, self.address + -(-self.nbytes // UNIT) * UNIT
+        stop = self.address + self.nbytes
+        return self.address - self.address % UNIT, stop + -stop % UNIT
 
 
 class Spans:

@@ -30,10 +30,10 @@ class DeviceBackend(MemoryBackend):
             raw_bytes(copy).copy_(raw_bytes(tensor))
         self._tensors[key] = copy
 
-    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
+    def allocate(self, key: str, spec: TensorSpec, phase: int = 0) -> torch.Tensor:
         # inference mode would mark the memory as an inference tensor, which training could not write to later
         with torch.inference_mode(False), torch.no_grad():
-            return typed_view(self._allocate(spec.nbytes), spec)
+            return typed_view(self._allocate(spec.nbytes, phase), spec)
 
     def adopt(self, key: str, tensor: torch.Tensor) -> None:
         self._tensors[key] = tensor
@@ -55,9 +55,9 @@ class DeviceBackend(MemoryBackend):
         self._arena.trim()
         self._arena = Arena()  # without the old one, memory that callers still hold goes back when they let go
 
-    def _allocate(self, nbytes: int) -> torch.Tensor:
+    def _allocate(self, nbytes: int, phase: int) -> torch.Tensor:
         if self.device.type == "cpu" and nbytes >= _LARGE:
-            return self._arena.allocate(nbytes)
+            return self._arena.allocate(nbytes, phase)
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
 
@@ -88,12 +88,12 @@ class PinnedBackend(DeviceBackend):
             self._pinned.trim()
             self._pinned = PinnedArena(self._locking)
 
-    def _allocate(self, nbytes: int) -> torch.Tensor:
+    def _allocate(self, nbytes: int, phase: int) -> torch.Tensor:
         if self._by_torch:
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         if self._pinned is not None:
             try:
-                return self._pinned.allocate(nbytes)
+                return self._pinned.allocate(nbytes, phase)
             except PageLockError as error:
                 self._pinned = None
                 warnings.warn(
@@ -101,7 +101,7 @@ class PinnedBackend(DeviceBackend):
                     "the driver at half the speed or less, each keeping a thread busy: allow more locked memory, or give the tier less",
                     stacklevel=2,
                 )
-        return super()._allocate(nbytes)
+        return super()._allocate(nbytes, phase)
 
 
 def _with_index(device: torch.device) -> torch.device:

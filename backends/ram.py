@@ -34,8 +34,8 @@ class RamBackend(DeviceBackend, DivisibleBackend):
     def divides(self, nbytes: int) -> bool:
         return nbytes >= UNIT and (-nbytes % UNIT) * _WASTE <= nbytes
 
-    def reserve(self, nbytes: int) -> torch.Tensor:
-        owner = addresses(nbytes)
+    def reserve(self, nbytes: int, phase: int = 0) -> torch.Tensor:
+        owner = addresses(nbytes, phase)
         memory = torch.from_numpy(owner)
         self._owners[memory.data_ptr()] = owner
         return memory
@@ -64,11 +64,11 @@ class RamBackend(DeviceBackend, DivisibleBackend):
             else:
                 _show_file(place, part, self._owners[memory.data_ptr()])
 
-    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
+    def allocate(self, key: str, spec: TensorSpec, phase: int = 0) -> torch.Tensor:
         place = self._places.get(key)
         self._spans.collect()
         self._arena.limit(self._most - self._spans.held)
-        tensor = super().allocate(key, spec) if place is None else typed_view(self._spans.fill(place), spec)
+        tensor = super().allocate(key, spec, phase) if place is None else typed_view(self._spans.fill(place), spec)
         self._most = max(self._most, self._arena.live_bytes + self._spans.live)
         self._spans.cool(self._arena.held_bytes + self._spans.held - self._most)
         return tensor
@@ -92,14 +92,16 @@ class RamBackend(DeviceBackend, DivisibleBackend):
 def _show_file(place: Place, extent: FileExtent, owner: npt.NDArray[np.uint8]) -> None:
     """Map a part of a file where a piece would lie, or read it where the file has it at another offset within a page.
 
-    The file is told that it is mapped until `owner` dies. What has a checksum is read once to be checked.
+    The file is told that it is mapped until `owner` dies. What has a checksum is read once to be checked. What is left of the
+    first and the last page of a whole belongs to nobody else.
     """
     file = OpenFile.of(extent.path, extent.file)
     try:
         extent.prove(file)
-        if extent.offset % PAGE == 0:
+        before = extent.offset % PAGE
+        if before == place.address % PAGE:
             weakref.finalize(owner, file.keep()).atexit = False
-            System().map(place.address, place.nbytes, file.fileno(), extent.offset)
+            System().map(place.address - before, place.nbytes + before, file.fileno(), extent.offset - before)
         else:
             file.read(place.memory[place.start : place.start + place.nbytes].data, extent.offset)
     finally:

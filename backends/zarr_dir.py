@@ -45,7 +45,7 @@ from tierstore.backends._lock import (
 )
 from tierstore.backends._zarr_metadata import MARKER, attributes_of, chunk_of, described, layout_of, node_name
 from tierstore.errors import ClosedError, CorruptionError
-from tierstore.file_system import FileSystem
+from tierstore.open_file import OpenFile
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
 
 FORMAT_NAME, FORMAT_VERSION = "tierstore-zarr", 2
@@ -65,7 +65,7 @@ class ZarrBackend(FileBackend):
         self.path = Path(path).absolute()
         self._closed = False
         self._known: dict[str, tuple[_Identity, _Identity | None]] = {}  # which metadata and chunk of each key were found right
-        self._files = OpenFiles(FileSystem())
+        self._files = OpenFiles(lambda path: OpenFile(str(path)))
         with opening(self.path):
             prepare_root(self.path, marker=MARKER)
             self._lock = DirectoryLock(self.path / MARKER)

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "tierstore"
 
 # bottom first; modules of one layer may import one another, without a cycle
 LAYERS = (
-    {"errors", "sizes", "spec", "devices", "shield", "file_system", "checksum", "open_file"},
+    {"errors", "sizes", "spec", "recipe", "devices", "shield", "file_system", "checksum", "open_file"},
     {"backend", "registry", "maintenance"},
     {"ledger", "planning"},
     {"entry", "tier", "building", "stats", "timeline", "picture", "transfer"},
@@ -21,7 +21,7 @@ LAYERS = (
     {"store"},
     {"report"},
     {"patch"},
-    {"session", "training", "checkpoint"},
+    {"session", "training", "checkpoint", "pretrained"},
     {"demo", "cli", "__main__", "testing"},
 )
 

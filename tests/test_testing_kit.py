@@ -335,13 +335,13 @@ class OwnPut(DeviceBackend):  # type: ignore[valid-type, misc]
 
 
 class AllocatesOnce(OwnPut):
-    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
+    def allocate(self, key: str, spec: TensorSpec, phase: int = 0) -> torch.Tensor:
         place: torch.Tensor = self.__dict__.setdefault("place", torch.empty(1 << 20, dtype=torch.uint8))
         return typed_view(place, spec)
 
 
 class AllocatesDense(OwnPut):
-    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
+    def allocate(self, key: str, spec: TensorSpec, phase: int = 0) -> torch.Tensor:
         return torch.empty(spec.shape, dtype=spec.dtype)
 
 

@@ -10,11 +10,14 @@ from tierstore.backend import (
     ReadingBackend,
     ReadOnlyBackend,
     SizingBackend,
+    SourceBackend,
     VolatileBackend,
 )
+from tierstore.checkpoint.meta import on_meta
 from tierstore.errors import (
     BackendError,
     BudgetError,
+    CheckpointError,
     ClosedError,
     CorruptionError,
     MissingKeyError,
@@ -28,6 +31,7 @@ from tierstore.errors import (
 )
 from tierstore.planning.classic import LRU
 from tierstore.planning.policy import Policy
+from tierstore.pretrained import from_pretrained
 from tierstore.registry import backend_class, backend_names, open_backend
 from tierstore.session import Tiered, tiered
 from tierstore.sizes import format_size, parse_size
@@ -41,6 +45,7 @@ __all__ = [
     "Backend",
     "BackendError",
     "BudgetError",
+    "CheckpointError",
     "ClosedError",
     "CorruptionError",
     "DistantBackend",
@@ -58,6 +63,7 @@ __all__ = [
     "RemoteError",
     "SizeError",
     "SizingBackend",
+    "SourceBackend",
     "Stats",
     "StorageError",
     "TensorSpec",
@@ -71,6 +77,8 @@ __all__ = [
     "backend_class",
     "backend_names",
     "format_size",
+    "from_pretrained",
+    "on_meta",
     "open_backend",
     "parse_size",
     "tiered",

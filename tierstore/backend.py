@@ -15,7 +15,8 @@ import torch
 from tierstore.checksum import Proof
 from tierstore.errors import ReadOnlyError
 from tierstore.open_file import Readable
-from tierstore.spec import TensorSpec
+from tierstore.recipe import Recipe, Stored
+from tierstore.spec import TensorSpec, raw_bytes
 
 
 class Backend(ABC):
@@ -97,8 +98,12 @@ class MemoryBackend(VolatileBackend):
         """Store `tensor` itself, without a copy; the caller gives up ownership. It must lie on `device`."""
 
     @abstractmethod
-    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
-        """Return uninitialised memory of `spec` on `device`, for the caller to fill and hand to `adopt` as `key`, or to forget."""
+    def allocate(self, key: str, spec: TensorSpec, phase: int = 0) -> torch.Tensor:
+        """Return uninitialised memory of `spec` on `device`, for the caller to fill and hand to `adopt` as `key`, or to forget.
+
+        Where it can, large memory begins `phase` bytes (a multiple of the element size) after a multiple of 4096, which
+        lets bytes that begin so in a file be read around the page cache.
+        """
 
 
 class DivisibleBackend(MemoryBackend):
@@ -111,11 +116,18 @@ class DivisibleBackend(MemoryBackend):
 
     @abstractmethod
     def divides(self, nbytes: int) -> bool:
-        """True if a value of `nbytes` should lie in pieces of `piece_bytes`, of which the last, or the only one, may be smaller."""
+        """True if a value of `nbytes` should lie in pieces.
+
+        These begin and end at multiples of `piece_bytes`, counted from the border from which `reserve` counts its phase; the
+        first and the last one may be smaller.
+        """
 
     @abstractmethod
-    def reserve(self, nbytes: int) -> torch.Tensor:
-        """Return a uint8 tensor of `nbytes` that has addresses but takes no memory; it must not be touched where nothing is."""
+    def reserve(self, nbytes: int, phase: int = 0) -> torch.Tensor:
+        """Return a uint8 tensor of `nbytes` that has addresses but takes no memory; it must not be touched where nothing is.
+
+        It begins `phase` (below 4096) bytes after a border of pages of memory: see `MemoryBackend.allocate`.
+        """
 
     @abstractmethod
     def place(self, memory: torch.Tensor, pieces: Mapping[str, int]) -> None:
@@ -180,8 +192,36 @@ class FileBackend(MappedBackend):
     """A backend whose values lie in files as plain bytes, which a reader may fetch without it."""
 
     @abstractmethod
-    def extent(self, key: str) -> FileExtent:
-        """Return where the bytes of `key` lie; raise `KeyError` or `CorruptionError` where `get` does.
+    def extent(self, key: str) -> FileExtent | None:
+        """Return where the bytes of `key` lie, or None if no file has them as they are: then `get` and `fill` work, and
+        `get` returns memory of its own. Raises `KeyError` or `CorruptionError` where `get` does.
 
         Open the file at once: it is never written again, but `put` and `delete` of the same key take its name away.
         """
+
+    def fill(self, key: str, out: torch.Tensor) -> None:
+        """Write the value of `key` to `out`, CPU memory of the same spec that nobody else has yet."""
+        raw_bytes(out).copy_(raw_bytes(self.get(key)))
+
+
+class SourceBackend(FileBackend):
+    """A backend over tensors that exist already, such as a checkpoint's. They are never written to: what is put goes elsewhere.
+
+    Values are what `bind` says; before, each tensor is a value under its own name.
+    """
+
+    @abstractmethod
+    def tensors(self) -> Mapping[str, Stored]:
+        """Return the recipe of each tensor as it is, by its name there."""
+
+    @abstractmethod
+    def bind(self, recipes: Mapping[str, Recipe]) -> None:
+        """Present exactly these values, each computed from the tensors when it is asked for. Call it before a store opens."""
+
+    @abstractmethod
+    def compute(self, recipe: Recipe) -> torch.Tensor:
+        """Return the value of `recipe` in memory of its own."""
+
+    @abstractmethod
+    def keep(self, key: str) -> torch.Tensor:
+        """Return the value of `key` for somebody to keep: a private map, also where it has to be computed and written first."""

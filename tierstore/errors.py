@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -68,6 +69,21 @@ class BudgetError(TierStoreError, MemoryError):
         return functools.partial(BudgetError, **options), (self.operation,)
 
 
+class CheckpointError(TierStoreError, RuntimeError):
+    """A checkpoint that cannot be opened, or that does not fit a model.
+
+    `missing`, `unexpected` and `mismatched` name the tensors concerned, as `load_state_dict` would.
+    """
+
+    def __init__(
+        self, message: str, *, missing: Sequence[str] = (), unexpected: Sequence[str] = (), mismatched: Sequence[str] = ()
+    ) -> None:
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.mismatched = tuple(mismatched)
+        super().__init__(message)
+
+
 class RemoteError(TierStoreError, OSError):
     """A store elsewhere that refused a request, or kept failing for as many attempts as are made."""
 
@@ -87,13 +103,14 @@ class StorageError(TierStoreError, OSError):
 
 
 class CorruptionError(TierStoreError, OSError):
-    """Stored bytes that are missing or do not match their description."""
+    """Stored bytes that are missing or do not match their description; `key` is empty where the file as a whole is wrong."""
 
     def __init__(self, key: str, file: str, reason: str) -> None:
         self.key = key
         self.file = file
         self.reason = reason
-        super().__init__(f"stored value of {key!r} is damaged ({reason}) in {file}; delete the entry or restore the file")
+        whole = f"{file} is damaged ({reason}); restore the file"
+        super().__init__(f"stored value of {key!r} is damaged ({reason}) in {file}; delete the entry or restore the file" if key else whole)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CorruptionError, (self.key, self.file, self.reason)

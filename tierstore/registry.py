@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -34,6 +35,17 @@ def backend_class(name: str) -> type[Backend]:
 def open_backend(name: str, *args: Any, **options: Any) -> Backend:
     """Construct the backend registered as `name` with the arguments of its class."""
     return backend_class(name)(*args, **options)
+
+
+def open_url(url: str) -> Backend:
+    """Construct the backend for a URL: the one named like its scheme, or else the one for everything remote.
+
+    Where that can make a place of its own, which goes at the end, it does.
+    """
+    scheme = url.partition("://")[0]
+    made = backend_class(scheme if scheme in backend_names() else "remote")
+    opener: Callable[[str], Backend] = getattr(made, "scratch", made)
+    return opener(url)
 
 
 def duplicate_names() -> list[str]:

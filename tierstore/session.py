@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from tqdm import tqdm
 
-from tierstore.backend import Backend
+from tierstore.backend import Backend, SourceBackend
 from tierstore.building import choose_device, memory_tier, memory_tiers
-from tierstore.errors import TierStoreError
+from tierstore.checkpoint.binding import Bound, bind
+from tierstore.checkpoint.dividing import present
+from tierstore.checkpoint.source import open_source
+from tierstore.errors import ModelError, TierStoreError
 from tierstore.patch.attach import Attachment, refuse_attached
-from tierstore.patch.regions import Region, check_model
+from tierstore.patch.regions import Region, StoredValue, check_model, check_modules
 from tierstore.planning.names import policy_factory
 from tierstore.planning.policy import PolicyFactory
-from tierstore.registry import backend_class, backend_names
+from tierstore.registry import backend_class, open_url
 from tierstore.report import forecast_of, render
 from tierstore.sizes import Size, format_size, parse_size
 from tierstore.stats import Stats
@@ -26,6 +31,16 @@ from tierstore.tier import Tier
 
 Models = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.nn.Module]
 Disk = str | os.PathLike[str] | Backend | tuple[str | os.PathLike[str] | Backend, Size]
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Where to compute, how much memory to use, and what leaves when it is short."""
+
+    device: torch.device
+    gpu: Size | None
+    cpu: Size | None
+    policy: str | PolicyFactory
 
 
 def tiered(
@@ -47,35 +62,62 @@ def tiered(
     scratch files, a `(directory, size)` pair, a URL for scratch objects, or a `Backend`. `device`: where to compute; by default
     the accelerator if one works, else the CPU. The tier called `gpu` is memory of that device, also when it is the CPU.
 
-    Values, gradients and random numbers are those of the plain model. Raises `BudgetError`, `ModelError`, `BackendError` or
-    `ValueError` before the model is touched.
+    `checkpoint`: the directory, file or URL whose tensors are the weights of a model on the meta device, found by name and
+    used where they lie; `dtype` casts them on the way up. What is written goes to `disk`, or beside the checkpoint. Such a
+    model has real values afterwards: private maps of the checkpoint's files, or of scratch where they had to be computed.
+
+    Values, gradients and random numbers are those of the plain model. Raises `BudgetError`, `ModelError`, `BackendError`,
+    `CheckpointError` or `ValueError` before the model is touched.
     """
     _reject_unbuilt(train=train, checkpoint=checkpoint, dtype=dtype)
     policy_factory(policy)
     models = _named(model)
-    check_model(models)
+    check_modules(models)
     refuse_attached(models)
-    compute = choose_device(device, gpu)
-    store = TieredStore(_tiers(compute, gpu, cpu, disk), policy)
-    return Tiered(models, store, compute)
+    if checkpoint is None:
+        check_model(models)
+        compute = choose_device(device, gpu)
+        return Tiered(models, TieredStore(_tiers(compute, gpu, cpu, disk), policy), compute)
+    budgets = Budgets(choose_device(device, gpu), gpu, cpu, policy)
+    source = open_source(checkpoint, disk)
+    with closing_on_failure(source):
+        bound = bind(_single(models), source, dtype)
+    return over_checkpoint(models, source, bound, budgets)
 
 
 class Tiered:
     """A running session, made by `tiered`. Afterwards the model is as it was, with values as last written."""
 
-    def __init__(self, models: Mapping[str, torch.nn.Module], store: TieredStore, device: torch.device) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, torch.nn.Module],
+        store: TieredStore,
+        device: torch.device,
+        stored: Mapping[int, StoredValue] | None = None,
+    ) -> None:
         self.store = store
         self.device = device
         self._attachment = Attachment(store, device)
         self._open = True
         self._started = store.moves.engine.now()
         try:
-            self._attachment.attach(models, _progress)
+            self._attachment.attach(models, _progress, stored)
         except BaseException:
             self._open = False
             store.close(flush=False)
             raise
         self._started = store.moves.engine.now()
+
+    @property
+    def lifetime(self) -> object:
+        """What lives as long as anything that needs the store."""
+        return self._attachment
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        """A copy of a tiered model is plain and has no session."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
     def __enter__(self) -> Tiered:
         self.store.moves.check_open()
@@ -160,8 +202,33 @@ def _progress(regions: Iterable[Region]) -> Iterable[Region]:
 def _reject_unbuilt(*, train: bool, checkpoint: object, dtype: object) -> None:
     if train:
         raise TierStoreError("train=True (gradients and optimizer state in tiers) is not available yet; ordinary training works without it")
-    if checkpoint is not None or dtype is not None:
-        raise TierStoreError("checkpoint= and dtype= are not available yet; load the weights into the model first")
+    if dtype is not None and checkpoint is None:
+        raise TierStoreError("dtype= casts the weights of a checkpoint= on the way up; without one, cast the model first (model.to(dtype))")
+
+
+def over_checkpoint(models: Mapping[str, torch.nn.Module], source: SourceBackend, bound: Bound, budgets: Budgets) -> Tiered:
+    """Start a session whose last tier is `source`, which has the values of the tensors that `bound` says."""
+    with closing_on_failure(source):
+        check_model(models, bound.names)
+        tiers = _tiers(budgets.device, budgets.gpu, budgets.cpu, source)
+        values = present(source, bound.recipes, tiers[0])
+    stored = {identity: values[name] for identity, name in bound.names.items()}
+    return Tiered(models, TieredStore(tiers, budgets.policy), budgets.device, stored)
+
+
+@contextmanager
+def closing_on_failure(backend: Backend) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        backend.close()
+        raise
+
+
+def _single(models: Mapping[str, torch.nn.Module]) -> torch.nn.Module:
+    if len(models) != 1:
+        raise ModelError(f"checkpoint= is for one model, and {len(models)} were given; load the others first")
+    return next(iter(models.values()))
 
 
 def _named(model: Models) -> dict[str, torch.nn.Module]:
@@ -190,8 +257,4 @@ def _disk_tier(disk: Disk) -> Tier:
     text = os.fspath(place)
     if "://" not in text:
         return Tier("disk", backend_class("disk").scratch(Path(text)), budget)  # type: ignore[attr-defined]
-    scheme = text.partition("://")[0]
-    name = scheme if scheme in backend_names() else "remote"
-    made = backend_class(name)
-    open_place: Callable[[str], Backend] = getattr(made, "scratch", made)  # one of its own that goes at the end, where there is such
-    return Tier("disk", open_place(text), budget)
+    return Tier("disk", open_url(text), budget)

@@ -82,9 +82,11 @@ class TieredStore:
         """
         self._moves.put(key, tensor, evict=True)
 
-    def fill(self, key: str, tensor: torch.Tensor) -> None:
-        """Like `put`, into the fastest tier with free room: nothing is evicted while a slower tier has room."""
-        self._moves.put(key, tensor, evict=False)
+    def fill(self, key: str, tensor: torch.Tensor, fastest: int = 0) -> None:
+        """Like `put`, into the fastest tier with free room, from the one at level `fastest` on: nothing is evicted while a
+        slower tier has room.
+        """
+        self._moves.put(key, tensor, evict=False, fastest=fastest)
 
     def get(self, key: str) -> torch.Tensor:
         """Return the value of `key`, brought into the fastest tier.

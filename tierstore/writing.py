@@ -15,14 +15,17 @@ from tierstore.tier import Tier
 class Moves(Leasing):
     """Everything that can happen to entries: moves, leases and, here, writes. What a `TieredStore` is built on."""
 
-    def put(self, key: str, tensor: torch.Tensor, *, evict: bool) -> None:
-        """Store a copy of `tensor` in the fastest tier that can take it (`evict`), or that has free room. Takes the lock itself."""
+    def put(self, key: str, tensor: torch.Tensor, *, evict: bool, fastest: int = 0) -> None:
+        """Store a copy of `tensor` in the fastest tier that can take it (`evict`), or that has free room, from level `fastest` on.
+
+        Takes the lock itself.
+        """
         if not isinstance(key, str):
             raise TierStoreError(f"a key is a str, got {type(key).__name__}")
         tensor = storable(tensor)
         spec = TensorSpec.of(tensor)
         with self.lock:
-            entry, level = self._claim(key, spec, evict=evict)
+            entry, level = self._claim(key, spec, evict=evict, fastest=fastest)
             try:
                 if level is None:
                     self._write_in_place(entry, tensor)
@@ -31,7 +34,19 @@ class Moves(Leasing):
             finally:
                 self._unclaim(entry)
 
-    def _claim(self, key: str, spec: TensorSpec, *, evict: bool) -> tuple[Entry, int | None]:
+    def write_down(self, entry: Entry, level: int) -> bool:
+        """Copy the newest value of an entry to a slower tier with free room, and keep the other copies; False if there is none."""
+        self.wait_until_idle(entry)
+        if level in entry.tiers or level < min(entry.tiers) or not self.tiers[level].ledger.reserve(entry.nbytes):
+            return level in entry.tiers
+        self.mark_busy(entry)
+        try:
+            self.copy(entry, min(entry.tiers), level)
+        finally:
+            self.unmark_busy(entry)
+        return level in entry.tiers
+
+    def _claim(self, key: str, spec: TensorSpec, *, evict: bool, fastest: int) -> tuple[Entry, int | None]:
         """Mark the entry of `key` busy and reserve room for a new value: its level, or None to write over the old one."""
         while True:
             self.check_open()
@@ -45,7 +60,7 @@ class Moves(Leasing):
                 raise TierStoreError(f"{key!r} is leased as {entry.spec}; a value of another shape or dtype can be put after the lease")
             self.mark_busy(entry)
             try:
-                level = None if entry.leases else self._reserve(spec.nbytes, evict=evict)
+                level = None if entry.leases else self._reserve(spec.nbytes, evict=evict, fastest=fastest)
             except BaseException:
                 self._unclaim(entry)
                 raise
@@ -61,8 +76,8 @@ class Moves(Leasing):
         if not entry.tiers:  # a new key whose first write failed
             del self.entries[entry.key]
 
-    def _reserve(self, nbytes: int, *, evict: bool) -> int | None:
-        levels = range(len(self.tiers))
+    def _reserve(self, nbytes: int, *, evict: bool, fastest: int) -> int | None:
+        levels = range(fastest, len(self.tiers))
         if not evict:
             for level in levels:
                 if self.tiers[level].writable and self.tiers[level].ledger.reserve(nbytes):

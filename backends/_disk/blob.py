@@ -17,7 +17,7 @@ FORMAT_VERSION = 2
 ALIGNMENT = 4096  # of the data in the file and so in memory, in bytes
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
 
-_SAFETENSORS_NAMES = {
+SAFETENSORS_NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -102,7 +102,7 @@ def pack_head(header: Mapping[str, object], key: str) -> bytes:
 
 def tensor_entry(spec: TensorSpec) -> dict[str, object]:
     """Return an entry that any safetensors reader understands: the tensor, or its bytes where the format has no such dtype or stride."""
-    name = _SAFETENSORS_NAMES.get(spec.dtype)
+    name = SAFETENSORS_NAMES.get(spec.dtype)
     if name is None or not _row_major(spec):
         return raw_entry(spec)
     return {"dtype": name, "shape": list(spec.shape), "data_offsets": [0, spec.nbytes]}

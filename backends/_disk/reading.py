@@ -35,7 +35,7 @@ class Blobs:
         self._root = root
         self._system = system
         self._verify = verify
-        self._files = OpenFiles(system)
+        self._files = OpenFiles(lambda path: OpenFile(str(path), system))
         self._seen: dict[str, Identity] = {}  # whose header was right
         self._proved: dict[str, Identity] = {}  # whose data was
         self._proofs: dict[str, tuple[Identity, Proof]] = {}  # of whose data a part may have been

@@ -50,9 +50,14 @@ def failing(root: Path) -> Iterator[tuple[DiskBackend, Failing]]:
 
 @pytest.mark.parametrize("call", ["open_unnamed", "reserve", "write", "truncate", "link", "make_folder"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
-def test_a_failure_before_the_commit_changes_nothing(failing: tuple[DiskBackend, Failing], root: Path, call: str, code: int) -> None:
+def test_a_failure_before_the_commit_changes_nothing(
+    failing: tuple[DiskBackend, Failing], root: Path, call: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, system = failing
     before = files_in(root)
+    (folder,) = (folder.name for folder in (root / "blobs").iterdir())
+    ids = (f"{number:02x}{number:030x}" for number in range(256) if f"{number:02x}" != folder)
+    monkeypatch.setattr("secrets.token_hex", lambda nbytes: next(ids)[: 2 * nbytes])  # else the directory may be there already
     for key in ("key", "new"):
         system.arm(code, calls=[call], lasting=True)
         with pytest.raises(StorageError, match=f"storing '{key}' in {root} failed, which changed nothing: {os.strerror(code)}") as caught:

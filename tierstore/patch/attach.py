@@ -15,10 +15,11 @@ from torch.nn.modules.module import (
 from torch.utils.hooks import RemovableHandle
 
 from tierstore.entry import Entry
-from tierstore.errors import ModelError, TierStoreError
+from tierstore.errors import BudgetError, ModelError, TierStoreError
 from tierstore.patch.handout import ResidentParameter
 from tierstore.patch.host import StoreHost
-from tierstore.patch.regions import Binding, Region, check_model, find_regions, named_tensors
+from tierstore.patch.prestored import find_stored, load_and_hold, note_writes
+from tierstore.patch.regions import Binding, Region, StoredValue, check_model, find_regions, named_tensors
 from tierstore.patch.restore import give_back_held, move_plain, restore_binding, settle
 from tierstore.patch.room import check_room, largest_owner, smallest
 from tierstore.patch.scope import install_scope, remove_scope
@@ -32,6 +33,8 @@ from tierstore.store import TieredStore
 
 SMALL = 64 << 10  # bytes; tensors up to this size are held where many of them take a small part of the fast tier
 _SHARE_OF_SMALL = 16  # the part is one of so many
+
+_FAILURES = (TierStoreError, OSError, RuntimeError, MemoryError)  # of bringing one weight back; the others come back all the same
 
 Progress = Callable[[Iterable[Region]], Iterable[Region]]
 
@@ -67,9 +70,15 @@ class Attachment(StoreHost):
 
     # -- in -----------------------------------------------------------------------------------------------------
 
-    def attach(self, roots: Mapping[str, torch.nn.Module], progress: Progress = iter) -> None:
-        """Move every tensor of `roots` under the store; on failure the models are as they were."""
+    def attach(
+        self, roots: Mapping[str, torch.nn.Module], progress: Progress = iter, stored: Mapping[int, StoredValue] | None = None
+    ) -> None:
+        """Move every tensor of `roots` under the store; on failure the models are as they were.
+
+        `stored` says where the store has values already, by the ids of the tensors.
+        """
         regions = find_regions(named_tensors(roots))
+        find_stored(regions, stored or {})
         check_room(self.moves.tiers, regions)
         self.roots = dict(roots)
         try:
@@ -93,8 +102,12 @@ class Attachment(StoreHost):
         self._regions += regions
         self._bound.update(id(binding.tensor) for region in regions for binding in region.bindings)
         stay = self._staying(regions)
+        loaded = load_and_hold(self.moves, stay)
+        self._held.update(loaded)
         for region in progress([*stay, *(region for region in regions if region not in stay)]):
-            if region not in stay or not self._hold(region):
+            if region in loaded:
+                continue
+            if region not in stay or region.stored is not None or not self._hold(region):
                 self._tier(region)
         for root in modules:
             for module in root.modules():
@@ -111,10 +124,13 @@ class Attachment(StoreHost):
         return dict.fromkeys(smallest(regions, room, SMALL))
 
     def _tier(self, region: Region) -> None:
-        """Copy a region into the store and put TieredTensors in the place of its tensors."""
-        assert region.base is not None
-        source = self.adopt(region.name, region.base)
-        region.base = None
+        """Copy a region into the store, unless it is there, and put TieredTensors in the place of its tensors."""
+        if region.stored is not None:
+            source = self.stand_for(region.name, region.stored)
+        else:
+            assert region.base is not None
+            source = self.adopt(region.name, region.base)
+            region.base = None
         self._wrap_all(region, source)
 
     def _wrap_all(self, region: Region, source: StoredSource) -> None:
@@ -159,6 +175,7 @@ class Attachment(StoreHost):
                 continue
             self.holds_all = False
             del self._held[region]
+            note_writes(self.moves, entry)
             source = EntrySource(self, entry)
             self._sources.add(source)
             self._wrap_all(region, source)
@@ -271,14 +288,28 @@ class Attachment(StoreHost):
             ) from errors[0]
         self._modules.clear()
 
+    @staticmethod
+    def _give_copies_bytes(source: StoredSource) -> None:
+        """Make the copies still to be made: they would find no store."""
+        try:
+            source.before_write()
+        except BudgetError:
+            source.settle_copies()
+
     def _settle_sources(self, bindings: list[Binding]) -> list[Exception]:
         errors: list[Exception] = []
         homes = {id(source): b.device for b in bindings if isinstance(b.tensor, Wrapper) for source in b.tensor._source.chain()}
-        for source in list(self._sources):
+        ready: list[StoredSource] = []
+        for source in list(self._sources):  # all of them first: what is settled makes no room for copies any more
             try:
-                source.before_write()  # copies still to be made would find no store
+                self._give_copies_bytes(source)
+                ready.append(source)
+            except _FAILURES as error:
+                errors.append(error)
+        for source in ready:
+            try:
                 settle(source, homes.get(id(source)))
-            except (TierStoreError, OSError, RuntimeError, MemoryError) as error:
+            except _FAILURES as error:
                 errors.append(error)
         for source in list(self._sources):  # those that the lazy copies turned into
             if source.settled is None and not errors:

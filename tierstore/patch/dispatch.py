@@ -35,7 +35,7 @@ def dispatch(func: Any, args: Args, kwargs: Kwargs) -> Any:
             if view is not None:
                 return view
         elif first._source.settled is None:
-            if op.kind is Kind.COPY and not _changes_place(first, kwargs):
+            if (op.kind is Kind.COPY and not _changes_place(first, kwargs)) or func in first.late:
                 return _lazy_copy(func, first, kwargs)
             if op.kind is Kind.LIKE:
                 return func(_stand_in(first), *args[1:], **{**kwargs, "device": kwargs.get("device") or first.device})
@@ -107,8 +107,8 @@ def _lazy_copy(func: Any, wrapper: Wrapper, kwargs: Kwargs) -> Wrapper:
     return wrapper.view_class.wrap(source, wrapper.device)
 
 
-def _copy_now(func: Any, original: Wrapper, options: Kwargs) -> torch.Tensor:
-    result: torch.Tensor = func(original.show(original._source.read()), **options)
+def _copy_now(func: Any, original: Wrapper, options: Kwargs, base: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = func(original.show(base), **options)
     return result
 
 

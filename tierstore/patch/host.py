@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 
@@ -16,6 +17,7 @@ from tierstore.entry import Entry
 from tierstore.errors import BudgetError
 from tierstore.patch.maps import mapped
 from tierstore.patch.pressure import Pressure
+from tierstore.patch.regions import StoredValue
 from tierstore.patch.source import Host, Source
 from tierstore.patch.stored import DividedSource, EntrySource, StoredSource, Whole
 from tierstore.spec import TensorSpec, raw_bytes, storable, typed_view
@@ -50,17 +52,17 @@ class StoreHost(Host):
     def give_way(self) -> bool:
         """Let tensors that were kept plain be evicted too; False if there are none."""
 
-    def adopt(self, name: str, tensor: torch.Tensor) -> StoredSource:
+    def adopt(self, name: str, tensor: torch.Tensor, fastest: int = 0) -> StoredSource:
         self._sweep()
         spec = TensorSpec.of(tensor)
         backend = self.moves.tiers[0].backend
         with self.moves.lock:
             key = self._free_key(name)
         with torch.inference_mode(False), torch.no_grad():
-            if isinstance(backend, DivisibleBackend) and backend.divides(spec.nbytes):
+            if not fastest and isinstance(backend, DivisibleBackend) and backend.divides(spec.nbytes):
                 source: StoredSource = self._adopt_pieces(key, tensor, spec, backend)
             else:
-                self._fill(key, tensor)
+                self._fill(key, tensor, fastest)
                 source = EntrySource(self, self.moves.entry(key))
         self._sources.add(source)
         return source
@@ -74,18 +76,30 @@ class StoreHost(Host):
         whole = Whole(memory, spec)
         for key, part in parts.items():
             self._fill(key, part)
+        return self._divided(name, spec, parts, whole)
+
+    def _divided(self, name: str, spec: TensorSpec, keys: Iterable[str], whole: Whole) -> DividedSource:
         with self.moves.lock:
-            entries = tuple(self.moves.entry(key) for key in parts)
+            entries = tuple(self.moves.entry(key) for key in keys)
             for entry in entries:
                 entry.guard = whole
         return DividedSource(self, spec, name, entries, whole)
 
-    def _fill(self, key: str, tensor: torch.Tensor) -> None:
+    def stand_for(self, name: str, value: StoredValue) -> StoredSource:
+        """Return a source for what the store has from its beginning."""
+        if value.memory is None:
+            source: StoredSource = EntrySource(self, self.moves.entries[value.keys[0]])
+        else:
+            source = self._divided(name, value.spec, value.keys, Whole(value.memory, value.spec))
+        self._sources.add(source)
+        return source
+
+    def _fill(self, key: str, tensor: torch.Tensor, fastest: int = 0) -> None:
         with suppress(torch.OutOfMemoryError):
-            self.store.fill(key, tensor)
+            self.store.fill(key, tensor, fastest)
             return
         self.make_way(tensor.nbytes, [])
-        self.store.fill(key, tensor)
+        self.store.fill(key, tensor, fastest)
 
     def _free_key(self, name: str) -> str:
         key, number = name, 1

@@ -41,6 +41,8 @@ def look_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.T
     if not picked.numel() or picked[0] < 0 or picked[-1] >= spec.shape[0]:
         return None
     rows = _read_rows(source, picked.tolist(), spec.nbytes // spec.shape[0])
+    if rows is None:
+        return None
     result: torch.Tensor = _on_rows(func, rows.to(table.device), places.to(table.device), args, kwargs)
     return result
 
@@ -84,15 +86,15 @@ def _row_major(spec: TensorSpec) -> bool:
     return len(spec.shape) > 0 and spec.shape[0] > 0 and spec.dense and spec.stride[0] * spec.shape[0] == spec.extent
 
 
-def _read_rows(source: StoredSource, rows: list[int], row_bytes: int) -> torch.Tensor:
-    """Return these rows of a value, which are in ascending order, each once."""
+def _read_rows(source: StoredSource, rows: list[int], row_bytes: int) -> torch.Tensor | None:
+    """Return these rows of a value, which are in ascending order, each once; None if they would have to be computed."""
     spec = source.spec
     with torch.inference_mode(False), torch.no_grad():
         out = torch.empty(len(rows) * row_bytes, dtype=torch.uint8)
         for start, entry in pieces(source):
             wanted = list(_within(rows, row_bytes, start, start + entry.nbytes))
-            if wanted:
-                _read_piece(source, entry, wanted, out)
+            if wanted and not _read_piece(source, entry, wanted, out):
+                return None
             entry.looked_up = True
         return typed_view(out, TensorSpec(spec.dtype, (len(rows), *spec.shape[1:]), spec.stride))
 
@@ -105,13 +107,15 @@ def _within(rows: list[int], row_bytes: int, start: int, stop: int) -> Iterator[
             yield first - start, number * row_bytes + first - row * row_bytes, last - first
 
 
-def _read_piece(source: StoredSource, entry: Entry, wanted: list[tuple[int, int, int]], out: torch.Tensor) -> None:
-    """Copy parts of a piece, resident or not, into `out`."""
+def _read_piece(source: StoredSource, entry: Entry, wanted: list[tuple[int, int, int]], out: torch.Tensor) -> bool:
+    """Copy parts of a piece, resident or not, into `out`; False if no tier has it as it is."""
     moves = source.host.store.moves
     with moves.lock:
         resident = entry.resident and moves.acquire([entry], "a lookup")
     try:
-        part: Part = entry.tensor if resident and entry.tensor is not None else lying(moves, entry)
+        part: Part | None = entry.tensor if resident and entry.tensor is not None else lying(moves, entry)
+        if part is None:
+            return False
         if isinstance(part, FileExtent):
             _read_file(part, wanted, out)
         else:
@@ -119,11 +123,13 @@ def _read_piece(source: StoredSource, entry: Entry, wanted: list[tuple[int, int,
             for offset, target, nbytes in wanted:
                 out[target : target + nbytes].copy_(raw[offset : offset + nbytes])
     finally:
-        with moves.lock:
-            if resident:
+        if resident:
+            with moves.lock:
                 moves.release([entry])
-            else:
-                _count(moves, entry, sum(nbytes for _, _, nbytes in wanted))
+    if not resident:
+        with moves.lock:
+            _count(moves, entry, sum(nbytes for _, _, nbytes in wanted))
+    return True
 
 
 def _read_file(extent: FileExtent, wanted: list[tuple[int, int, int]], out: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -26,13 +26,26 @@ class Binding:
     kind: type[torch.Tensor]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class StoredValue:
+    """A value that a store has from its beginning: under one key, or in pieces, which lie in `memory` where they are resident."""
+
+    spec: TensorSpec
+    keys: tuple[str, ...]
+    memory: torch.Tensor | None = None
+
+
 @dataclass(eq=False, slots=True)
 class Region:
-    """A piece of memory that one or more tensors share (ties, views of one buffer): one entry in the store."""
+    """A piece of memory that one or more tensors share (ties, views of one buffer): one entry in the store.
+
+    `base`: the plain bytes, until they are handed to the store; `stored`: where it has them already.
+    """
 
     bindings: list[Binding]
     spec: TensorSpec
-    base: torch.Tensor | None = field(repr=False)  # the plain bytes, until they are handed to the store
+    base: torch.Tensor | None = field(repr=False)
+    stored: StoredValue | None = None
 
     @property
     def name(self) -> str:
@@ -60,15 +73,24 @@ def named_tensors(roots: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, t
                         yield f"{path}.{name}" if path else name, tensor
 
 
-def check_model(roots: Mapping[str, torch.nn.Module]) -> None:
-    """Raise `ModelError` for a model that is already managed, or whose tensors have no bytes of their own."""
+def check_model(roots: Mapping[str, torch.nn.Module], stored: Container[int] = ()) -> None:
+    """Raise `ModelError` for a model that is already managed, or whose tensors have no bytes.
+
+    `stored` has the ids of tensors whose bytes are in the store already.
+    """
+    check_modules(roots)
+    for name, tensor in named_tensors(roots):
+        if id(tensor) not in stored:
+            _check_tensor(name, tensor)
+
+
+def check_modules(roots: Mapping[str, torch.nn.Module]) -> None:
+    """Raise `ModelError` for what is not a module, or is already managed."""
     for prefix, root in roots.items():
         if not isinstance(root, torch.nn.Module):
             raise ModelError(f"expected a torch.nn.Module, or a list or dict of them, got {type(root).__name__}")
         for path, module in root.named_modules(prefix=prefix):
             _check_module(path or type(module).__name__, module)
-    for name, tensor in named_tensors(roots):
-        _check_tensor(name, tensor)
 
 
 def _check_module(path: str, module: torch.nn.Module) -> None:
@@ -94,7 +116,8 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise ModelError(f"{name!r} is not initialised yet; run the model once so that lazy modules get their shapes")
     if tensor.device.type == "meta":
         raise ModelError(
-            f"{name!r} is on the meta device and has no data; load the weights first (for example load_state_dict(..., assign=True))"
+            f"{name!r} is on the meta device and has no data; give checkpoint=DIR, "
+            "or load the weights first (for example load_state_dict(..., assign=True))"
         )
     if not _inert(type(tensor)):
         raise ModelError(

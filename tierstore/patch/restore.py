@@ -7,6 +7,7 @@ import warnings
 
 import torch
 
+from tierstore.backend import MappedBackend, MemoryBackend, SourceBackend
 from tierstore.entry import Entry
 from tierstore.patch.maps import complete
 from tierstore.patch.regions import Binding, Region
@@ -15,6 +16,7 @@ from tierstore.patch.stored import DividedSource, StoredSource
 from tierstore.patch.swap import replace_content
 from tierstore.patch.wrapper import Wrapper
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
+from tierstore.writing import Moves
 
 
 def move_plain(tensor: torch.Tensor, part: torch.Tensor) -> None:
@@ -31,20 +33,30 @@ def settle(source: StoredSource, device: torch.device | None) -> None:
     Bytes in memory are handed over, files are mapped: nothing is doubled.
     """
     if source.settled is None:
-        tensor = complete(source) if isinstance(source, DividedSource) else _newest(source)
+        tensor = complete(source) if isinstance(source, DividedSource) else _newest(source, device)
         if device is not None and tensor.device != device:
             tensor = typed_view(raw_bytes(tensor).to(device), source.spec)
         source.settled = tensor
 
 
-def _newest(source: StoredSource) -> torch.Tensor:
+def _newest(source: StoredSource, device: torch.device | None) -> torch.Tensor:
     moves, (entry,) = source.host.store.moves, source.stored
     with moves.lock:
         moves.wait_until_idle(entry)
-        level = min(entry.tiers)
+        moves.refresh(entry)
         if entry.ready is not None:
             entry.ready.wait()
-    return moves.tiers[level].backend.get(entry.key)
+        backend = moves.tiers[_best_level(moves, entry, device)].backend
+    return backend.keep(entry.key) if isinstance(backend, SourceBackend) else backend.get(entry.key)
+
+
+def _best_level(moves: Moves, entry: Entry, device: torch.device | None) -> int:
+    """Return the fastest tier that holds a value, or a slower one that maps it where the fastest lies on another device."""
+    fastest = min(entry.tiers)
+    memory = moves.tiers[fastest].backend
+    if device is not None and device.type == "cpu" and isinstance(memory, MemoryBackend) and memory.device != device:
+        return next((level for level in sorted(entry.tiers) if isinstance(moves.tiers[level].backend, MappedBackend)), fastest)
+    return fastest
 
 
 def restore_binding(binding: Binding) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ class Source(ABC):
         self.settled: torch.Tensor | None = None
         self._copies: weakref.WeakSet[CopySource] | None = None  # made when needed: most sources have none
         self._saved: tuple[weakref.ref[torch.UntypedStorage], int] | None = None  # and the version that it is a copy of
+        self.image: Callable[[], Any] | None = None  # what `saving` made for whoever saves this; a weak reference
 
     @abstractmethod
     def entries(self) -> Iterable[Entry]:
@@ -71,6 +73,11 @@ class Source(ABC):
         for copy in list(self._copies or ()):
             copy.materialise()
 
+    def settle_copies(self) -> None:
+        """Give pending lazy copies plain memory of their own, for good."""
+        for copy in list(self._copies or ()):
+            copy.settle()
+
     @abstractmethod
     def after_write(self) -> None:
         """Record that the resident bytes were changed in place; the caller still holds the lease."""
@@ -97,8 +104,8 @@ class Host(ABC):
     store: TieredStore
 
     @abstractmethod
-    def adopt(self, name: str, tensor: torch.Tensor) -> Source:
-        """Put a plain tensor into the store and return what stands for it."""
+    def adopt(self, name: str, tensor: torch.Tensor, fastest: int = 0) -> Source:
+        """Put a plain tensor into the store, not above the tier at level `fastest`, and return what stands for it."""
 
     @abstractmethod
     def lease(self, entries: list[Entry], operation: object) -> bool:
@@ -135,7 +142,8 @@ class CopySource(Source):
     original is about to change, or the copy itself, it turns into an entry of its own.
     """
 
-    def __init__(self, spec: TensorSpec, original: Source, make: Callable[[], torch.Tensor], name: str) -> None:
+    def __init__(self, spec: TensorSpec, original: Source, make: Callable[[torch.Tensor], torch.Tensor], name: str) -> None:
+        """`make` returns the copy of what `original.read` does."""
         super().__init__(spec)
         self._original: Source | None = original
         self._make = make
@@ -152,6 +160,11 @@ class CopySource(Source):
     def name(self) -> str:
         return self._name
 
+    def made_from(self, read: Callable[[Source], torch.Tensor]) -> torch.Tensor:
+        """Return the copy, made from what `read` returns of the source that has its bytes."""
+        behind = read(self._behind())
+        return behind if self._own is not None else self._make(behind)
+
     def _behind(self) -> Source:
         behind = self._own or self._original
         assert behind is not None
@@ -163,7 +176,7 @@ class CopySource(Source):
     def read(self) -> torch.Tensor:
         if self.settled is not None:
             return self.settled
-        return self._own.read() if self._own is not None else self._make()
+        return self._own.read() if self._own is not None else self._make(self._behind().read())
 
     def chain(self) -> Iterable[Source]:
         return (self, self._behind())
@@ -175,6 +188,13 @@ class CopySource(Source):
         """Compute the copy and give it an entry of its own."""
         if self._own is None and self.settled is None:
             self._own = self._host.adopt(self._name, self._host.copy_out(self))
+            self._original = None
+            self._make = _unreachable
+
+    def settle(self) -> None:
+        """Compute the copy into plain memory, for good."""
+        if self._own is None and self.settled is None:
+            self.settled = self._host.copy_out(self)
             self._original = None
             self._make = _unreachable
 
@@ -216,7 +236,7 @@ class SettledSource(Source):
         pass
 
 
-def _unreachable() -> torch.Tensor:
+def _unreachable(base: torch.Tensor) -> torch.Tensor:
     raise AssertionError("a materialised copy is not computed again")
 
 

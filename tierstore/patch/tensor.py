@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self, cast
 
 import torch
 
 from tierstore.errors import UnsupportedTensorError
 from tierstore.patch.dispatch import dispatch
+from tierstore.patch.saving import Image, asked_by_state_dict, reduced
 from tierstore.patch.source import SettledSource
 from tierstore.patch.swap import own_attributes, replace_content
 from tierstore.patch.wrapper import Wrapper
@@ -67,11 +68,19 @@ class TieredTensor(Wrapper):
         tensor = inner["resident"]
         return TieredTensor.wrap(SettledSource(tensor), tensor.device)
 
+    def detach(self) -> TieredTensor:
+        """Return a view without gradient; to `state_dict()`, one that can be saved like a plain tensor."""
+        view = cast(TieredTensor, super().detach())
+        if not asked_by_state_dict(1):
+            return view
+        with torch.inference_mode(False), torch.no_grad():
+            return StateTensor.wrap(view._source, view.device, view.geometry())
+
     # -- what plain tensors do in C -----------------------------------------------------------------------------
 
     @property
     def data(self) -> torch.Tensor:
-        return self.detach()
+        return super().detach()
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
@@ -119,6 +128,8 @@ class TieredTensor(Wrapper):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._source.settled is None and self.stands_for is torch.nn.Parameter:
+            return reduced(self, as_parameter=isinstance(self, torch.nn.Parameter))
         return self._plain_like(self.plain()).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def _plain_like(self, plain: torch.Tensor) -> torch.Tensor:
@@ -147,4 +158,31 @@ def tiered_class(kind: type[torch.Tensor]) -> type[TieredTensor]:
     return type(f"Tiered{kind.__name__}", (TieredTensor, kind), {"stands_for": kind})
 
 
+class StateTensor(TieredTensor):
+    """What `state_dict()` hands out: a view of the value as it is when it is read, which takes no memory before.
+
+    It has an address, of bytes that may be read and stay as they are as long as it lives and nobody changes the value;
+    what is written there goes nowhere.
+    """
+
+    late = (torch.ops.aten.clone.default,)
+    _image: Image | None = None
+
+    def data_ptr(self) -> int:
+        return self._of_source().address() + int(self.storage_offset()) * self.itemsize
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self._of_source().storage
+
+    def _of_source(self) -> Image:
+        if self._image is None:
+            self._image = Image.of(self._source)
+        return self._image
+
+    @property
+    def __tensor_flatten__(self) -> Any:
+        raise AttributeError("a tensor of a state dict is no input of a compiled graph")  # else savers would take it for one
+
+
 TieredTensor.view_class = TieredTensor
+StateTensor.view_class = StateTensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -16,6 +16,7 @@ class Wrapper(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     view_class: ClassVar[type[Wrapper]]
+    late: ClassVar[tuple[Any, ...]] = ()  # operators, beside casts, whose results wait until they are read
     _source: Source
     _whole: bool  # True if it is all of the source, with the source's own geometry
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tierstore.backend import Backend, DivisibleBackend, FileBackend, MemoryBackend, ReadingBackend, SizingBackend
+from tierstore.backend import Backend, DivisibleBackend, FileBackend, FileExtent, MemoryBackend, ReadingBackend, SizingBackend
 from tierstore.spec import TensorSpec, raw_bytes
 from tierstore.testing.rules import ConformanceError, compare, compare_entries, require, rule
 from tierstore.testing.values import bits, make_value, overwrite, random_bytes, some_values
@@ -66,13 +66,20 @@ def _check_divided(backend: Backend) -> None:
         require(bits(memory) == bits(torch.cat((third, first))), "pieces", "complete() did not put what was missing beside what was there")
 
 
+def _extent(backend: FileBackend, key: str) -> FileExtent:
+    extent = backend.extent(key)
+    require(extent is not None, "extent", f"{key}: what was put is in no file")
+    assert extent is not None
+    return extent
+
+
 def _check_file(backend: Backend) -> None:
     if not isinstance(backend, FileBackend):
         return
     for name, value in some_values():
         backend.put(name, value)
         with rule("extent", name):
-            extent = backend.extent(name)
+            extent = _extent(backend, name)
             with Path(extent.path).open("rb") as file:
                 file.seek(extent.offset)
                 found = file.read(extent.nbytes)
@@ -80,10 +87,10 @@ def _check_file(backend: Backend) -> None:
         require(found == _raw(value), "extent", f"{name}: the file has other bytes there")
     _require_key_error(backend.extent, "extent")
     backend.put("key", make_value(seed=1))
-    with Path(backend.extent("key").path).open("rb") as file:
-        offset = backend.extent("key").offset
+    extent = _extent(backend, "key")
+    with Path(extent.path).open("rb") as file:
         backend.put("key", make_value(seed=2))
-        file.seek(offset)
+        file.seek(extent.offset)
         found = file.read(len(_raw(make_value(seed=1))))
     require(found == _raw(make_value(seed=1)), "extent", "put wrote to a file that a reader has open, instead of replacing it")
 

@@ -20,7 +20,7 @@ class FakeMemory(MemoryBackend):
         self._fake = fake
         self._tensors: dict[str, torch.Tensor] = {}
 
-    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
+    def allocate(self, key: str, spec: TensorSpec, phase: int = 0) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad():
             return typed_view(self._raw(spec.nbytes), spec)
 

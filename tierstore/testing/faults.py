@@ -212,8 +212,8 @@ class MemoryWrapper(Wrapper, MemoryBackend):
         self.interference.around("adopt", key, self.inner)
         self.inner.adopt(key, tensor)
 
-    def allocate(self, key: str, spec: TensorSpec) -> torch.Tensor:
-        return self.inner.allocate(key, spec)
+    def allocate(self, key: str, spec: TensorSpec, phase: int = 0) -> torch.Tensor:
+        return self.inner.allocate(key, spec, phase)
 
     def trim(self) -> None:
         self.inner.trim()

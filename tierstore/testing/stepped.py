@@ -68,12 +68,16 @@ class SteppedReader(Reader):
 
     def _prepare(self, prepare: Prepare, done: Done) -> None:
         try:
-            extent, memory = prepare()
+            prepared = prepare()
         except Exception as error:  # noqa: BLE001  (handed to whoever waits for the value)
             done(error.with_traceback(None))
             return
-        held = [memory]
-        del memory
+        if prepared is None:
+            done(None)
+            return
+        held = [prepared[1]]
+        extent = prepared[0]
+        del prepared
         self._serve(extent, held, done)
 
     def _serve(self, extent: FileExtent, held: list[torch.Tensor], done: Done) -> None:

@@ -16,7 +16,7 @@ from tierstore.errors import BackendError, ClosedError
 from tierstore.open_file import PAGE, OpenFile, Readable
 
 Done = Callable[[BaseException | None], None]
-Prepare = Callable[[], tuple[FileExtent, torch.Tensor]]
+Prepare = Callable[[], tuple[FileExtent, torch.Tensor] | None]
 
 
 class Reader:
@@ -54,7 +54,7 @@ class Reader:
     def begin(self, prepare: Prepare, done: Done) -> None:
         """Like `submit` of what `prepare` returns, which a reader thread calls when it comes to it.
 
-        What `prepare` raises is handed to `done` if it is an `Exception`.
+        None means that nothing is left to read. What `prepare` raises is handed to `done` if it is an `Exception`.
         """
         with self._lock:
             self._check_open()
@@ -152,12 +152,16 @@ class _Beginning:
     def _requests(self) -> list[_Request]:
         """Return what this thread reads; a function of its own, so that no frame holds the memory when the reading has ended."""
         try:
-            extent, out = self._prepare()
-            _check_memory(extent, out)
+            prepared = self._prepare()
+            if prepared is not None:
+                _check_memory(*prepared)
         except Exception as error:  # noqa: BLE001  (handed to whoever waits for the value)
             self._done(error.with_traceback(None))
             return []
-        return self._reader.share_out(_Job(extent, out, self._done))
+        if prepared is None:
+            self._done(None)
+            return []
+        return self._reader.share_out(_Job(*prepared, self._done))
 
 
 class _Request:

@@ -11,6 +11,7 @@ import torch
 
 from tierstore.backend import FileExtent
 from tierstore.checksum import PIECE
+from tierstore.open_file import PAGE
 from tierstore.transfer.accelerator import Accelerator, Event, Stream
 from tierstore.transfer.reader import Reader
 
@@ -47,7 +48,7 @@ class Staging:
         job = _Job(extent, target, free, done)
         with self._lock:
             if self._free is None:
-                self._free = [self._accelerator.allocate_page_locked(SLAB_BYTES) for _ in range(SLABS)]
+                self._free = [self._accelerator.allocate_page_locked(PAGE + SLAB_BYTES) for _ in range(SLABS)]
             self._waiting += job.chunks()
         self._go_on()
 
@@ -65,7 +66,7 @@ class Staging:
             chunk.job.end(None)
             return
         try:
-            self._reader.submit(chunk.extent(), slab[: chunk.nbytes], partial(self._was_read, chunk, slab))
+            self._reader.submit(chunk.extent(), chunk.part_of(slab), partial(self._was_read, chunk, slab))
         except Exception as error:  # noqa: BLE001  (handed to whoever waits for the value)
             self._give_back(slab)
             chunk.job.end(error.with_traceback(None))
@@ -84,7 +85,7 @@ class Staging:
     def _copy(self, chunk: _Chunk, slab: torch.Tensor) -> None:
         self._stream.wait(chunk.job.free)
         with torch.inference_mode(False), torch.no_grad(), self._accelerator.on(self._stream):
-            self._accelerator.copy(chunk.target(), slab[: chunk.nbytes])
+            self._accelerator.copy(chunk.target(), chunk.part_of(slab))
         self._when(self._stream.record(), partial(self._copied, slab))
 
     def _copied(self, slab: torch.Tensor, error: BaseException | None) -> None:
@@ -136,6 +137,11 @@ class _Chunk:
 
     def extent(self) -> FileExtent:
         return self.job.extent.part(self.start, self.nbytes)
+
+    def part_of(self, slab: torch.Tensor) -> torch.Tensor:
+        """Return where it goes in a slab: as far after a page as in the file, so that it can be read around the page cache."""
+        phase = (self.job.extent.offset + self.start) % PAGE
+        return slab[phase : phase + self.nbytes]
 
     def target(self) -> torch.Tensor:
         assert self.job.target is not None

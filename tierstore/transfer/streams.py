@@ -70,10 +70,14 @@ class StreamEngine(ThreadEngine):
         if not self._uploads.make_room(landing):
             return
         if isinstance(source, FileBackend):
-            self._pool("issue", 1).submit(self._uploads.read, landing, source)
+            self._pool("issue", 1).submit(self._read, landing, source)
         elif isinstance(source, MemoryBackend) and self._page_locked(source, transfer.key):
             self._uploads.copy(landing)
         else:
+            self._pool("copy", WORKERS).submit(self._uploads.copy, landing)
+
+    def _read(self, landing: Landing, source: FileBackend) -> None:
+        if not self._uploads.read(landing, source):  # it has to be computed
             self._pool("copy", WORKERS).submit(self._uploads.copy, landing)
 
     def _page_locked(self, source: MemoryBackend, key: str) -> bool:

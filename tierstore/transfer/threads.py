@@ -10,6 +10,7 @@ import torch
 
 from tierstore.backend import FileBackend, FileExtent, MemoryBackend
 from tierstore.errors import CorruptionError
+from tierstore.open_file import PAGE
 from tierstore.spec import raw_bytes
 from tierstore.transfer.engine import Arrived, Done, Engine, Transfer, copy_value
 from tierstore.transfer.reader import Reader
@@ -90,9 +91,16 @@ class _FileRead:
         self._done = done
         self._tensor: torch.Tensor | None = None
 
-    def prepare(self) -> tuple[FileExtent, torch.Tensor]:
-        extent = self._source.extent(self._transfer.key)
-        self._tensor = self._target.allocate(self._transfer.key, self._transfer.spec)
+    def prepare(self) -> tuple[FileExtent, torch.Tensor] | None:
+        """Find the bytes and allocate memory for them; a value that no file has as it is is put there at once."""
+        key, spec = self._transfer.key, self._transfer.spec
+        extent = self._source.extent(key)
+        if extent is None:
+            self._tensor = self._target.allocate(key, spec)
+            self._source.fill(key, self._tensor)
+            return None
+        phase = extent.offset % PAGE
+        self._tensor = self._target.allocate(key, spec, phase if phase % spec.dtype.itemsize == 0 else 0)
         return extent, raw_bytes(self._tensor)
 
     def landed(self, error: BaseException | None) -> None:

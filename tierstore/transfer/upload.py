@@ -104,14 +104,17 @@ class Uploads:
         else:
             self._report(landing, kept, event)
 
-    def read(self, landing: Landing, source: FileBackend) -> None:
-        """Read the value's file into slabs and copy these; returns before that is done."""
+    def read(self, landing: Landing, source: FileBackend) -> bool:
+        """Read the value's file into slabs and copy these; returns before that is done. False if no file has it as it is."""
         try:
             extent = source.extent(landing.transfer.key)
+            if extent is None:
+                return False
             assert landing.free is not None
             self._staging.bring(extent, landing.raw(), landing.free, partial(self._was_read, landing))
         except Exception as error:  # noqa: BLE001  (handed to whoever waits for the value)
             self._fail(landing, [], error)
+        return True
 
     def _was_read(self, landing: Landing, error: BaseException | None) -> None:
         if isinstance(error, CorruptionError):

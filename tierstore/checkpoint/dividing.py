@@ -1,0 +1,63 @@
+"""Cuts values of a checkpoint into pieces that come and go by themselves, like those of any other model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from tierstore.backend import DivisibleBackend, SourceBackend
+from tierstore.open_file import PAGE
+from tierstore.patch.regions import StoredValue
+from tierstore.recipe import Recipe, cut
+from tierstore.tier import Tier
+
+
+def present(source: SourceBackend, recipes: Mapping[str, Recipe], fast: Tier) -> dict[str, StoredValue]:
+    """Let `source` present these values to a store whose first tier is `fast`, and return how, by their names.
+
+    Where not all of them fit into `fast`, each one that it divides, and whose bytes lie in a file in their order (a cast may
+    come between), is presented in pieces.
+    """
+    source.bind(recipes)
+    whole = {name: StoredValue(recipe.spec, (name,)) for name, recipe in recipes.items()}
+    budget, backend = fast.ledger.budget, fast.backend
+    if not isinstance(backend, DivisibleBackend) or budget is None or sum(recipe.spec.nbytes for recipe in recipes.values()) <= budget:
+        return whole
+    parts: dict[str, Recipe] = {}
+    values: dict[str, StoredValue] = {}
+    for name, recipe in recipes.items():
+        phase = _phase(source, name)
+        pieces = _pieces(name, recipe, phase, backend)
+        parts |= pieces or {name: recipe}
+        values[name] = _placed(recipe, pieces, phase, backend) if pieces else whole[name]
+    source.bind(parts)
+    return values
+
+
+def _phase(source: SourceBackend, name: str) -> int:
+    """Return how far after a page of the file a value begins: so it should lie in memory, to be read around the page cache."""
+    extent = source.extent(name)
+    return 0 if extent is None else extent.offset % PAGE
+
+
+def _pieces(name: str, recipe: Recipe, phase: int, backend: DivisibleBackend) -> dict[str, Recipe]:
+    """Return the recipe of each piece of a value by its key; none if the value cannot, or should not, be divided."""
+    nbytes = recipe.spec.nbytes
+    if not backend.divides(phase + nbytes):
+        return {}
+    parts = [cut(recipe, start, stop - start) for start, stop in _borders(nbytes, phase, backend.piece_bytes)]
+    found = {f"{name}[{number}]": part for number, part in enumerate(parts) if part is not None}
+    return found if len(found) == len(parts) else {}
+
+
+def _borders(nbytes: int, phase: int, size: int) -> Iterator[tuple[int, int]]:
+    start = 0
+    while start < nbytes:
+        stop = min(nbytes, start + size - (start + phase) % size)
+        yield start, stop
+        start = stop
+
+
+def _placed(recipe: Recipe, pieces: Mapping[str, Recipe], phase: int, backend: DivisibleBackend) -> StoredValue:
+    memory = backend.reserve(recipe.spec.nbytes, phase)
+    backend.place(memory, {key: part.spec.nbytes for key, part in pieces.items()})
+    return StoredValue(recipe.spec, tuple(pieces), memory)

@@ -1,0 +1,126 @@
+"""`from_pretrained`: a model of transformers whose weights stay where its checkpoint is."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tierstore.backend import SourceBackend
+from tierstore.building import choose_device
+from tierstore.checkpoint.binding import Bound
+from tierstore.checkpoint.lazy import CheckpointTensor
+from tierstore.checkpoint.library import load_unread
+from tierstore.checkpoint.source import local_path, open_source
+from tierstore.errors import BackendError, CheckpointError
+from tierstore.patch.prestored import plain_like
+from tierstore.patch.regions import named_tensors
+from tierstore.patch.swap import replace_content
+from tierstore.planning.names import policy_factory
+from tierstore.planning.policy import PolicyFactory
+from tierstore.recipe import Recipe
+from tierstore.session import Budgets, Disk, closing_on_failure, over_checkpoint
+from tierstore.sizes import Size
+
+_OURS = ("device_map", "max_memory", "offload_folder", "state_dict", "gguf_file", "output_loading_info", "ignore_mismatched_sizes")
+
+
+def from_pretrained(
+    auto_class: Any,
+    checkpoint: str | os.PathLike[str],
+    *,
+    gpu: Size | None = None,
+    cpu: Size | None = None,
+    disk: Disk | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    policy: str | PolicyFactory = "auto",
+    strict: bool = True,
+    **options: Any,
+) -> Any:
+    """Return what `auto_class.from_pretrained(checkpoint, dtype=dtype, **options)` of transformers would, already under `tiered`.
+
+    `checkpoint` is a directory, or the URL of one. No weight is read before it is used, and none is copied: the files are
+    the disk tier. All that transformers does on loading is done (renames, fusions, casts, ties, buffers, the generation
+    config, evaluation mode); what has to be computed is, weight by weight, when it is needed. `dtype` is that of the config
+    by default. The other arguments are those of `tiered`. The session is `model.tiered`; `model.tiered.close()` makes the
+    model plain.
+
+    Weights that the checkpoint lacks raise `CheckpointError`, or are initialised by transformers if not `strict`; those of
+    another shape always raise.
+    """
+    library = _library()
+    refused = [name for name in options if name in _OURS]
+    if refused:
+        raise CheckpointError(f"{', '.join(refused)} cannot be given here: gpu=, cpu= and disk= say where weights go")
+    policy_factory(policy)
+    budgets = Budgets(choose_device(device, gpu), gpu, cpu, policy)
+    folder = local_path(checkpoint, disk[0] if isinstance(disk, tuple) else disk)
+    source = open_source(folder, disk)
+    with closing_on_failure(source):
+        model = _unread_model(library, auto_class, folder, source, dtype=dtype, strict=strict, **options)
+        bound = _bind_itself(model)
+    session = over_checkpoint({"": model}, source, bound, budgets)
+    weakref.finalize(session.lifetime, session.store.close, flush=False)  # nobody has to close it for its files to go
+    model.tiered = session
+    return model
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise BackendError(f"from_pretrained needs transformers ({error}); pip install 'transformers>=5'") from error
+
+
+def _unread_model(
+    library: Any, auto_class: Any, folder: Path, source: SourceBackend, *, dtype: torch.dtype | str | None, strict: bool, **options: Any
+) -> Any:
+    """Let transformers build the model and load it from tensors that nobody reads."""
+    config = options.pop("config", None)
+    if not isinstance(config, library.PretrainedConfig):
+        loader = getattr(auto_class, "config_class", None) or library.AutoConfig
+        config, options = loader.from_pretrained(config or folder, return_unused_kwargs=True, **options)
+    kind, config = _concrete(auto_class, config, options.pop("trust_remote_code", None))
+    if options.get("generation_config") is None and kind.can_generate():
+        options["generation_config"] = _generation_config(library, folder)
+    model, fit = load_unread(kind, config, source, dtype=dtype or "auto", **options)
+    fit.report(strict=strict)
+    model.config.name_or_path = model.name_or_path = str(folder)
+    return model
+
+
+def _concrete(auto_class: Any, config: Any, trust: bool | None) -> tuple[Any, Any]:
+    """Return the class that an auto class chooses for a config, and the config that it gives it."""
+    if isinstance(auto_class, type) and issubclass(auto_class, torch.nn.Module):
+        return auto_class, config
+    with torch.device("meta"):
+        chosen = auto_class.from_config(config, **({} if trust is None else {"trust_remote_code": trust}))
+    return type(chosen), chosen.config
+
+
+def _generation_config(library: Any, folder: Path) -> Any:
+    try:
+        return library.GenerationConfig.from_pretrained(folder)
+    except OSError:  # older checkpoints keep these settings in the model's config
+        return library.GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+
+
+def _bind_itself(model: torch.nn.Module) -> Bound:
+    """Turn the unread tensors of a model into ones on the meta device, and return what they were."""
+    names: dict[int, str] = {}
+    recipes: dict[str, Recipe] = {}
+    for name, tensor in named_tensors({"": model}):
+        if not isinstance(tensor, CheckpointTensor):
+            continue
+        recipes[name], spec, names[id(tensor)] = tensor.recipe, tensor.recipe.spec, name
+        meta = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
+        kind = torch.nn.Parameter if isinstance(tensor, torch.nn.Parameter) else torch.Tensor
+        replace_content(tensor, plain_like(kind, meta, requires_grad=tensor.requires_grad))
+        for attribute in ("recipe", "source"):
+            tensor.__dict__.pop(attribute, None)
+    return Bound(names, recipes)
