@@ -370,6 +370,20 @@ def test_settled_means_that_nothing_is_written_down_either(rig: MakeRig) -> None
     r.check()
 
 
+def test_settled_means_that_no_fetch_is_about_to_follow(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fetch may land before whoever started it has the lock again, and goes on to start the next one."""
+    r = rig(100, None, hook=quiet)
+    moves = r.store.moves
+    with moves.lock:
+        monkeypatch.setattr(moves, "_pumping", True)
+    settling = Background(moves.settle)
+    assert settling.still_running()
+    with moves.lock:
+        monkeypatch.setattr(moves, "_pumping", False)
+        moves.wake()
+    settling.join()
+
+
 def test_close_waits_for_what_is_under_way(rig: MakeRig) -> None:
     r = rig(100, None, hook=quiet)
     r.store.put("y", value(60))

@@ -146,9 +146,9 @@ class Flights(Residency):
         return self.begin(entry, min(entry.tiers), 0)
 
     def settle(self) -> None:
-        """Wait until no entry moves, not even one that is written down to make room for another. Takes the lock itself."""
+        """Wait until no entry moves, and nobody is about to move one ahead of use. Takes the lock itself."""
         with self.lock:
-            while self._busy or self._ending or any(self._flights):
+            while self._busy or self._ending or self._pumping or any(self._flights):
                 self.engine.wait(self.lock)
 
     def set_aside(self, level: int, nbytes: int) -> None:
@@ -175,6 +175,7 @@ class Flights(Residency):
                     pass
         finally:
             self._pumping = False
+            self.wake()
 
     def _link_idle(self, level: int) -> bool:
         return not self.closed and (self._flights[level] < _FEW or self._flying[level] < _MUCH)
