@@ -10,6 +10,8 @@ The contenders take turns: round r runs one pass of each before round r + 1 begi
 waits is stopped by a signal, so it cannot read ahead. In every round the disk is read once without any of them.
 
 - plain:            all weights in memory, no cap: the time of the arithmetic alone. A bound, no contender;
+- unmanaged:        the same while threads read, around the page cache, the bytes that cannot be there; neither waits for the other,
+                    nothing is kept in order, no cap. No contender: what doing both at once costs on this machine;
 - tierstore:        `tiered(model, cpu=budget, disk=...)`;
 - accelerate-disk:  `disk_offload`, which keeps nothing;
 - accelerate-max:   `infer_auto_device_map(max_memory={"cpu": budget})` and `dispatch_model`: keeps what fits. Where

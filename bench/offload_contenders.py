@@ -22,6 +22,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSI
 
 import torch
 from offload_model import Decoder, Shape, loaded_decoder, mapped_decoder, random_decoder, save
+from raw_speed import RawReader
 from torch import Tensor
 
 from tierstore import tiered
@@ -103,6 +104,29 @@ class Plain(Contender):
 
     def start(self, task: Task) -> Answer:
         return loaded_decoder(task.shape, task.source)
+
+
+class Unmanaged(Plain):
+    """A plain pass while others read the bytes that cannot be there, neither of which waits for the other: what overlapping costs."""
+
+    def prepare(self, task: Task) -> None:
+        """Everything is there."""
+
+    def start(self, task: Task) -> Answer:
+        model = loaded_decoder(task.shape, task.source)
+        self.disk = RawReader(task.source)
+
+        def answer(ids: Tensor) -> Tensor:
+            reading = self.disk.begin(max(0, task.shape.touched(ids.numel()) - task.budget))
+            logits: Tensor = model(ids)
+            for part in reading:
+                part.result()
+            return logits
+
+        return answer
+
+    def stop(self) -> None:
+        self.disk.__exit__(None, None, None)
 
 
 class Tierstore(Contender):
@@ -217,6 +241,7 @@ class AirLLM(Contender):
 
 CONTENDERS: dict[str, type[Contender]] = {
     "plain": Plain,
+    "unmanaged": Unmanaged,
     "tierstore": Tierstore,
     "accelerate-disk": AccelerateDisk,
     "accelerate-max": AccelerateMax,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -23,15 +23,19 @@ class RawReader:
         self._slab.write(bytes(len(self._slab)))  # no first touch within a measurement
         self._threads = ThreadPoolExecutor(THREADS)
 
-    def _read_every_fourth(self, thread: int) -> int:
+    def _read_every_fourth(self, thread: int, stop: int) -> int:
         with memoryview(self._slab)[thread * REQUEST : (thread + 1) * REQUEST] as buffer:
-            offsets = range(thread * REQUEST, self._size, REQUEST * THREADS)
+            offsets = range(thread * REQUEST, stop, REQUEST * THREADS)
             return sum(os.preadv(self._file, [buffer], offset) for offset in offsets)
+
+    def begin(self, nbytes: int) -> list[Future[int]]:
+        """Start to read the first `nbytes` of the file, rounded up to whole requests; the futures end when that is done."""
+        return [self._threads.submit(self._read_every_fourth, thread, min(nbytes, self._size)) for thread in range(THREADS)]
 
     def measure(self) -> float:
         """Read the whole file and return the bytes per second."""
         started = time.perf_counter()
-        total = sum(self._threads.map(self._read_every_fourth, range(THREADS)))
+        total = sum(part.result() for part in self.begin(self._size))
         seconds = time.perf_counter() - started
         if total != self._size:
             raise OSError(f"read {total} bytes of {self._size}")
