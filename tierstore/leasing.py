@@ -204,13 +204,15 @@ class Leasing(Flights):
         self._held[me] = self._held.get(me, 0) + taken
 
     def hold(self, entry: Entry) -> None:
-        """Lease a resident entry for good, on behalf of no thread."""
+        """Lease a resident entry for good, on behalf of no thread; no policy has to look at it meanwhile."""
+        self.tiers[0].policy.remove(entry.key)
         if entry.leases == 0:
             self.leased_bytes += entry.nbytes
         entry.leases += 1
 
     def unhold(self, entry: Entry) -> None:
         """End a `hold`."""
+        self.tiers[0].policy.insert(entry.key, entry.nbytes)
         entry.leases -= 1
         if entry.leases == 0:
             self.leased_bytes -= entry.nbytes

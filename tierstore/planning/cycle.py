@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby, islice
 
 _STEPS = 12  # of the search for a price
 
@@ -33,17 +33,22 @@ class Cycle:
         """Return what comes in while the cycle goes round once, in bytes, of which each transfer costs so many more."""
         return sum(self.sizes[key] + fixed_bytes for key in self.keys if key not in resident)
 
-    def ring(self, resident: Collection[str], slots: int = 2) -> int:
-        """Return the bytes that streaming needs: all that is used at once, and the next `slots` - 1 entries after that."""
+    def ring(self, resident: Collection[str], slots: int = 2, ahead: int = 0) -> int:
+        """Return the bytes that streaming needs: all that is used at once, and what comes after that.
+
+        These are the next `slots` - 1 entries, and more up to `ahead` bytes, if `slots` is more than 1.
+        """
         streamed = [key for key in self.keys if key not in resident]
-        if not streamed:
-            return 0
         most, start = 0, 0
-        around = streamed + streamed[: slots - 1]
         for use in self._uses(streamed):
-            after = around[start + len(use) : start + len(use) + slots - 1]
-            most = max(most, self.bytes({*use, *after}))
             start += len(use)
+            needed, beyond = set(use), 0
+            for number, key in enumerate(islice(chain(streamed[start:], streamed), len(streamed) if slots > 1 else 0)):
+                if number >= slots - 1 and beyond + self.sizes[key] > ahead:
+                    break
+                needed.add(key)
+                beyond += self.sizes[key]
+            most = max(most, self.bytes(needed))
         return most
 
     def _uses(self, keys: Sequence[str]) -> Iterator[list[str]]:

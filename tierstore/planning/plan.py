@@ -11,6 +11,7 @@ from tierstore.planning.cycle import Cycle
 
 _GIANTS = 8  # how many of the largest sizes are tried as "always resident"
 _STEPS_TO_DOUBLE = 4  # of worth
+_AHEAD_SHARE = 8  # one of so many parts of a budget may be on its way
 _ROUNDS = 3  # what stays makes the ring smaller, which lets more stay
 
 
@@ -41,6 +42,7 @@ def plan(
     *,
     fixed_bytes: int = 0,
     together: Mapping[str, str] | None = None,
+    ahead_bytes: int = 0,
 ) -> Plan:
     """Plan one repetition of `trace` (keys in order of use; it starts again where it ends).
 
@@ -48,7 +50,8 @@ def plan(
     them. `durations`: seconds of computing after each access, by default in proportion to the bytes. `bandwidths`: bytes per
     second into each tier but the last, from the one below. `fixed_bytes`: what one transfer costs on top of its bytes,
     expressed in bytes; it lets small entries stay, and large ones stream. `together`: keys that are used at once, such as the
-    pieces of one value, have the same value in it.
+    pieces of one value, have the same value in it. `ahead_bytes`: what should be on its way at once, as a link needs several
+    requests to be busy; the ring has room for so much, where that is no more than an eighth of the budget.
 
     Each tier keeps what is used most often per byte, spread evenly over the trace among equals, so that what streams has
     computing to hide behind (DESIGN: spread; Cao, Felten, Karlin and Li 1995 for the order of fetches). Tiers are exclusive:
@@ -62,9 +65,10 @@ def plan(
     last = len(budgets) - 1
     for level in range(last):
         slots = 2 if level == 0 else 3  # two links in a row jostle each other: one slot more between them keeps both busy
-        chosen = _Choice(cycle, budgets[level], fixed_bytes, slots).best()
+        ahead = min(ahead_bytes, (budgets[level] or 0) // _AHEAD_SHARE)
+        chosen = _Choice(cycle, budgets[level], fixed_bytes, slots, ahead).best()
         rest |= dict.fromkeys(chosen, level)
-        rings.append(cycle.ring(chosen, slots))
+        rings.append(cycle.ring(chosen, slots, ahead))
         cycle = cycle.without(chosen)
         orders.append(tuple(cycle.keys))
     rest |= {key: last for key in trace if key not in rest}
@@ -89,6 +93,7 @@ class _Choice:
     budget: int | None
     fixed_bytes: int
     slots: int
+    ahead: int
     keys: dict[str, None] = field(init=False)
     uses: dict[str, int] = field(init=False)
 
@@ -122,20 +127,20 @@ class _Choice:
     def _beside(self, forced: frozenset[str], budget: int) -> frozenset[str] | None:
         """Return `forced` and what else stays beside it and a ring for the rest; None if `forced` leaves no room for a ring."""
         room = budget - self.cycle.bytes(forced)
-        slots = next((slots for slots in (self.slots, 1) if self.cycle.ring(forced, slots) <= room), None)
+        slots = next((slots for slots in (self.slots, 1) if self.cycle.ring(forced, slots, self.ahead) <= room), None)
         if slots is None:
             return None if forced else frozenset()
-        chosen, ring = forced, self.cycle.ring(forced, slots)
+        chosen, ring = forced, self.cycle.ring(forced, slots, self.ahead)
         for _ in range(_ROUNDS):
             more = forced | self._select(forced, room - ring, ring)
-            if self.cycle.bytes(more) + self.cycle.ring(more, slots) > budget:
+            if self.cycle.bytes(more) + self.cycle.ring(more, slots, self.ahead) > budget:
                 break
-            chosen, ring = more, self.cycle.ring(more, slots)
+            chosen, ring = more, self.cycle.ring(more, slots, self.ahead)
         return self._topped_up(chosen, budget, slots)
 
     def _topped_up(self, chosen: frozenset[str], budget: int, slots: int) -> frozenset[str]:
         """Return `chosen` and what fits into the room that is left, when what stays no longer needs a place in the ring."""
-        free = budget - self.cycle.bytes(chosen) - self.cycle.ring(chosen, slots)
+        free = budget - self.cycle.bytes(chosen) - self.cycle.ring(chosen, slots, self.ahead)
         more: set[str] = set()
         for key in self.keys:
             if key not in chosen and self.cycle.sizes[key] <= free:
