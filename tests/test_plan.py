@@ -255,3 +255,28 @@ class TestPredictor:
         assert predictor.period is not None
         assert predictor.period % 7 == 0
         assert predictor.matched > 100
+
+
+def test_a_ring_has_room_for_what_keeps_a_link_busy() -> None:
+    """Where transfers cost something on top of their bytes several have to be on their way; but no more than an eighth of a budget."""
+    sizes = {f"k{number}": 10 for number in range(100)}
+    assert plan(list(sizes), sizes, [500, None]).ring_bytes == (20,)
+    assert plan(list(sizes), sizes, [500, None], fixed_bytes=1).ring_bytes == (70,)  # 10, and six more, of 64 and 500 / 8
+    assert plan(list(sizes), sizes, [160, None], fixed_bytes=1).ring_bytes == (30,)  # 160 / 8
+    made = plan(list(sizes), sizes, [500, None], fixed_bytes=1)
+    assert sum(sizes[key] for key, level in made.rest.items() if level == 0) + made.ring_bytes[0] <= 500
+
+
+def test_what_is_held_is_not_offered() -> None:
+    lane = auto(100)
+    for key in "abc":
+        lane.insert(key, 10)
+    lane.hold("b")
+    lane.access("b")
+    assert list(lane._online.victims()) == ["a", "c"]
+    lane.unhold("b")
+    assert set(lane._online.victims()) == {"a", "b", "c"}
+    lane.hold("b")
+    lane.remove("b")
+    lane.insert("b", 10)
+    assert set(lane._online.victims()) == {"a", "b", "c"}

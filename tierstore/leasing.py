@@ -204,15 +204,19 @@ class Leasing(Flights):
         self._held[me] = self._held.get(me, 0) + taken
 
     def hold(self, entry: Entry) -> None:
-        """Lease a resident entry for good, on behalf of no thread; no policy has to look at it meanwhile."""
-        self.tiers[0].policy.remove(entry.key)
+        """Lease a resident entry for good, on behalf of no thread."""
+        policy = self.tiers[0].policy
+        if isinstance(policy, Foresight):
+            policy.hold(entry.key)
         if entry.leases == 0:
             self.leased_bytes += entry.nbytes
         entry.leases += 1
 
     def unhold(self, entry: Entry) -> None:
         """End a `hold`."""
-        self.tiers[0].policy.insert(entry.key, entry.nbytes)
+        policy = self.tiers[0].policy
+        if isinstance(policy, Foresight):
+            policy.unhold(entry.key)
         entry.leases -= 1
         if entry.leases == 0:
             self.leased_bytes -= entry.nbytes

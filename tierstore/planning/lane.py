@@ -30,6 +30,7 @@ class Lane(Foresight):
         self._level = schedule.add(self)
         self._online = schedule.online()
         self._unplanned: set[str] = set()  # what the online policy has
+        self._held: set[str] = set()
         self._present: OrderedDict[str, None] = OrderedDict()  # by last use
         self._spent: OrderedDict[str, None] = OrderedDict()
         self._window: deque[tuple[str, int]] = deque()  # keys, each with its position in the history
@@ -76,6 +77,7 @@ class Lane(Foresight):
             self._unplanned.discard(key)
             self._online.remove(key)
         del self._present[key]
+        self._held.discard(key)
         self._spent.pop(key, None)
         if key in self._ahead and key not in self._served:
             self._look_back(key)
@@ -102,6 +104,17 @@ class Lane(Foresight):
 
     def together(self, keys: Sequence[str]) -> None:
         self._schedule.together.update(dict.fromkeys(keys, keys[0]))
+
+    def hold(self, key: str) -> None:
+        self._held.add(key)
+        if key in self._unplanned:
+            self._unplanned.discard(key)
+            self._online.remove(key)
+
+    def unhold(self, key: str) -> None:
+        self._held.discard(key)
+        if self._schedule.rest(key) is None:
+            self.unplan(key)
 
     # -- answers --------------------------------------------------------------------------------------------------
 
@@ -182,7 +195,7 @@ class Lane(Foresight):
         self._spent.clear()
         self._forget_window()
         self._online = self._schedule.online()
-        self._unplanned = {key for key in present if self._schedule.rest(key) is None}
+        self._unplanned = {key for key in present if key not in self._held and self._schedule.rest(key) is None}
         for key in present:
             if key in self._unplanned:
                 self._online.insert(key, sizes[key])
@@ -191,7 +204,7 @@ class Lane(Foresight):
     def unplan(self, key: str) -> None:
         """No plan speaks of `key` any more: its use depends on data."""
         self._spent.pop(key, None)
-        if key in self._present and key not in self._unplanned:
+        if key in self._present and key not in self._unplanned and key not in self._held:
             self._unplanned.add(key)
             self._online.insert(key, self._schedule.sizes[key])
 

@@ -11,6 +11,7 @@ from tierstore.planning.cycle import Cycle
 
 _GIANTS = 8  # how many of the largest sizes are tried as "always resident"
 _STEPS_TO_DOUBLE = 4  # of worth
+_AHEAD = 64  # times what a transfer costs on top of its bytes, so that this is little beside them
 _AHEAD_SHARE = 8  # one of so many parts of a budget may be on its way
 _ROUNDS = 3  # what stays makes the ring smaller, which lets more stay
 
@@ -42,16 +43,15 @@ def plan(
     *,
     fixed_bytes: int = 0,
     together: Mapping[str, str] | None = None,
-    ahead_bytes: int = 0,
 ) -> Plan:
     """Plan one repetition of `trace` (keys in order of use; it starts again where it ends).
 
     `sizes` in bytes. `budgets`: bytes for these keys in each tier, fastest first (None: no limit); the last tier holds all of
     them. `durations`: seconds of computing after each access, by default in proportion to the bytes. `bandwidths`: bytes per
     second into each tier but the last, from the one below. `fixed_bytes`: what one transfer costs on top of its bytes,
-    expressed in bytes; it lets small entries stay, and large ones stream. `together`: keys that are used at once, such as the
-    pieces of one value, have the same value in it. `ahead_bytes`: what should be on its way at once, as a link needs several
-    requests to be busy; the ring has room for so much, where that is no more than an eighth of the budget.
+    expressed in bytes; it lets small entries stay, and large ones stream, and the ring has room for many times as much to be
+    on its way, since a link needs several requests to be busy (where that is no more than an eighth of the budget).
+    `together`: keys that are used at once, such as the pieces of one value, have the same value in it.
 
     Each tier keeps what is used most often per byte, spread evenly over the trace among equals, so that what streams has
     computing to hide behind (DESIGN: spread; Cao, Felten, Karlin and Li 1995 for the order of fetches). Tiers are exclusive:
@@ -65,7 +65,7 @@ def plan(
     last = len(budgets) - 1
     for level in range(last):
         slots = 2 if level == 0 else 3  # two links in a row jostle each other: one slot more between them keeps both busy
-        ahead = min(ahead_bytes, (budgets[level] or 0) // _AHEAD_SHARE)
+        ahead = min(_AHEAD * fixed_bytes, (budgets[level] or 0) // _AHEAD_SHARE)
         chosen = _Choice(cycle, budgets[level], fixed_bytes, slots, ahead).best()
         rest |= dict.fromkeys(chosen, level)
         rings.append(cycle.ring(chosen, slots, ahead))

@@ -58,6 +58,12 @@ class Foresight(Policy):
     def together(self, keys: Sequence[str]) -> None:
         """`keys` are about to be used at once, and must all be in the tier for that."""
 
+    def hold(self, key: str) -> None:
+        """`key`, which is in the tier, cannot leave from now on, so it need not be among what may."""
+
+    def unhold(self, key: str) -> None:
+        """`key`, which is in the tier, can leave again."""
+
     @abstractmethod
     def wanted(self) -> str | None:
         """Return the key to bring into the tier next, the one used soonest of those missing; None to wait."""

@@ -15,8 +15,6 @@ _FEWEST = 4
 _BETTER = 0.98  # a new plan replaces one that moves at least this much less
 _FIXED_BYTES = 512 << 10  # what a transfer costs on top of its bytes: 0.2 ms at 2.5 GB/s from a disk, or 10 us at 50 GB/s
 
-_AHEAD_BYTES = 32 << 20  # on their way at once: four requests of a reader, with fewer a disk is not busy
-
 
 class Follower(Protocol):
     """What a schedule tells the policy of each tier."""
@@ -36,7 +34,7 @@ class Schedule:
     `online` makes the policy for whatever no plan speaks of.
     """
 
-    def __init__(self, fixed_bytes: int = _FIXED_BYTES, online: PolicyFactory = Shadowed, ahead_bytes: int = _AHEAD_BYTES) -> None:
+    def __init__(self, fixed_bytes: int = _FIXED_BYTES, online: PolicyFactory = Shadowed) -> None:
         self.online = online
         self.predictor = Predictor()
         self.predictor.on_trim = self._trimmed
@@ -51,7 +49,6 @@ class Schedule:
         self.waited = 0.0
         self._last: tuple[str, float] | None = None  # which key was used, and when
         self._fixed_bytes = fixed_bytes
-        self._ahead_bytes = ahead_bytes
         self._considered: int | None = None  # the period for which a plan was made last
         self._squeezed = 0  # bytes that should have stayed and had to leave, in this repetition
         self._extra = 0  # bytes left free for them since
@@ -169,7 +166,7 @@ class Schedule:
         return self._plan(cycle, budgets).link_bytes[level]
 
     def _plan(self, cycle: list[str], budgets: list[int | None]) -> Plan:
-        return plan(cycle, self.sizes, budgets, self._seconds(cycle), fixed_bytes=self._fixed_bytes, together=self.together, ahead_bytes=self._ahead_bytes)
+        return plan(cycle, self.sizes, budgets, self._seconds(cycle), fixed_bytes=self._fixed_bytes, together=self.together)
 
     def _improves(self, new: Plan, cycle: list[str]) -> bool:
         """True if `new` moves clearly less than the plan at hand, or knows keys that it does not, for no more."""
