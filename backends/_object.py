@@ -120,7 +120,10 @@ def write_index(values: Iterable[StoredObject]) -> bytes:
 
 def read_index(text: bytes) -> list[StoredObject]:
     """Return what an index describes; raise `BackendError` if it is not one of this version, `ValueError` if it is damaged."""
-    index = json.loads(text)
+    try:
+        index = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT_NAME:
         raise BackendError(f"belongs to something else than {FORMAT_NAME}; choose another place")
     if index.get("version") != FORMAT_VERSION:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +72,8 @@ def _header_text(file: Path) -> tuple[bytes, Identity]:
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{name!r} is there twice")
     return found
 
 
@@ -106,8 +106,17 @@ def _spec(file: Path, name: str, dtype: object, shape: list[int]) -> TensorSpec:
         found, shape = packed, [*shape[:-1], shape[-1] // 2]
     if found is None:
         raise CheckpointError(f"{name!r} in {file} has dtype {dtype!r}, which this torch lacks; convert the file, or use a newer torch")
-    stride = tuple(math.prod(max(size, 1) for size in shape[d + 1 :]) for d in range(len(shape)))
-    return TensorSpec(found, tuple(shape), stride)
+    return TensorSpec(found, tuple(shape), _row_major(file, name, shape))
+
+
+def _row_major(file: Path, name: str, shape: list[int]) -> tuple[int, ...]:
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+        if step >= 1 << 63:  # also for the sake of time: products of thousands of sizes have thousands of digits
+            raise CorruptionError(name, str(file), f"a shape of {len(shape)} sizes takes more elements than a tensor can have")
+    return tuple(reversed(stride))
 
 
 def _check_apart(located: Mapping[str, Located]) -> None:

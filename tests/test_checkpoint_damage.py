@@ -47,6 +47,12 @@ LIES: dict[str, tuple[object, int, str]] = {
     "size that is a bool": ({"a": entry(0, 4, shape=[True])}, 16, "'a'.*not sizes"),
     "size that is a float": ({"a": {**F32, "shape": [4.0]}}, 16, "'a'.*not sizes"),
     "size that overflows": ({"a": entry(0, 16, shape=[1 << 62, 1 << 62])}, 16, "'a'.*takes"),
+    "thousands of sizes": ({"a": entry(0, 16, shape=[1 << 62] * 20_000)}, 16, "'a'.*20000 sizes"),
+    "thousands of names, one twice": (
+        b"{" + b",".join(b'"%d":1' % name for name in [*range(50_000), 49_999]) + b"}",
+        16,
+        "'49999' is there",
+    ),
     "size beyond 64 bits": ({"a": entry(0, 16, shape=[1 << 70])}, 16, "'a'.*not sizes"),
     "three offsets": ({"a": {**F32, "data_offsets": [0, 8, 16]}}, 16, "'a'.*not sizes"),
     "end before begin": ({"a": entry(16, 0, shape=[4])}, 16, "'a'.*not inside"),

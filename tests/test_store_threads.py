@@ -411,3 +411,48 @@ def test_no_thread_and_no_memory_is_left_behind(rig: MakeRig) -> None:
     assert memory.expired(), "what left the fast tier must not be kept alive by the store"
     store.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("change", ["another shape", "the same shape", "delete"])
+def test_a_value_that_a_get_is_about_to_return_is_not_changed(rig: MakeRig, change: str) -> None:
+    """Between the end of a fetch and the moment in which the thread that asked for it goes on, other threads come first."""
+    r = rig(100, None)
+    r.store.put("a", value(10, 1))
+    entry = r.store.moves.entries["a"]
+    with r.store.moves.lock:
+        r.store.moves.acquire([entry], "get", passing=True)
+    acts = {
+        "another shape": lambda: r.store.put("a", value(20, 2)),
+        "the same shape": lambda: r.store.put("a", value(10, 2)),
+        "delete": lambda: r.store.__delitem__("a"),
+    }
+    before = entry.tensor
+    other = Background(acts[change])
+    assert other.still_running()
+    assert entry.tensor is before
+    assert torch.equal(before, value(10, 1))
+    with r.store.moves.lock:
+        r.store.moves.release([entry], passing=True)
+    other.join()
+    assert torch.equal(before, value(10, 1)), "who has it still reads it"
+    assert ("a" in r.store) == (change != "delete")
+    r.check()
+
+
+def test_gets_and_puts_of_other_shapes_do_not_disturb_each_other(rig: MakeRig) -> None:
+    r = rig(60, None, hook=lambda: Delays(3, longest=0.0003))
+    r.store.put("a", value(10))
+    r.store.put("b", value(50))
+
+    def put() -> None:
+        for number in range(100):
+            r.store.put("a", value(10 + number % 2 * 30, number % 251))
+
+    def get() -> None:
+        for _ in range(100):
+            found = r.store.get("a")
+            assert torch.equal(found, found[:1].expand_as(found)), "torn"
+            r.store.get("b")
+
+    assert in_threads(put, *[get] * 6, timeout=100) == [None] * 7
+    r.check()

@@ -50,7 +50,7 @@ class Entry:
     """The bytes of one key. All fields are read and changed under the store's lock only.
 
     `tiers`: levels (0 is the fastest) that hold a copy equal to the newest value.
-    `leases`: how many holders forbid that the copy in level 0 leaves.
+    `leases`: how many holders forbid that the copy in level 0 leaves; of these, `passing` end as soon as the value is there.
     `busy`: one thread is copying or replacing this entry; others wait for it, and it waits for nobody.
     `version`: counts changes of the value.
     `tensor`: the live tensor in level 0, while it is resident there and the tier is memory.
@@ -63,14 +63,15 @@ class Entry:
     """
 
     __slots__ = (
-        "busy", "guard", "handout", "key", "leases", "looked_up", "nbytes", "read_below", "ready", "seen", "shown", "spec", "tensor",
-        "tiers", "version",
+        "busy", "guard", "handout", "key", "leases", "looked_up", "nbytes", "passing", "read_below", "ready", "seen", "shown", "spec",
+        "tensor", "tiers", "version",
     )  # fmt: skip
 
     def __init__(self, key: str, spec: TensorSpec) -> None:
         self.key = key
         self.tiers: set[int] = set()
         self.leases = 0
+        self.passing = 0
         self.busy = False
         self.version = 0
         self.tensor: torch.Tensor | None = None

@@ -23,16 +23,17 @@ class Leasing(Flights):
         super().__init__(tiers, engine)
         self.leased_bytes = 0
 
-    def acquire(self, entries: Iterable[Entry], operation: object, *, headroom: int = 0, wait: bool = True) -> bool:
+    def acquire(self, entries: Iterable[Entry], operation: object, *, headroom: int = 0, wait: bool = True, passing: bool = False) -> bool:
         """Make all entries resident and lease them, all or none.
 
         With `wait` it waits for other threads' leases where that can help and raises `BudgetError` where it cannot;
         without, it answers False instead. `operation` is what errors call it; `headroom`: bytes of the fast tier that must
-        stay free of leases.
+        stay free of leases; `passing`: the leases will be given back without waiting for anything, so that whoever would
+        replace a value waits for that.
         """
         wanted = list(dict.fromkeys(entries))
         started: float | None = None
-        while not self._try_acquire(wanted, headroom):
+        while not self._try_acquire(wanted, headroom, passing=passing):
             started = self.engine.now() if started is None else started
             in_the_way = not wait and any(self._flights)  # these end by themselves; leases may not
             if in_the_way or any(entry.busy for entry in wanted):
@@ -49,7 +50,7 @@ class Leasing(Flights):
             self._wait_until_ready(wanted)
             self.pump()
         except BaseException:
-            self.release(wanted)
+            self.release(wanted, passing=passing)
             raise
         return True
 
@@ -86,7 +87,7 @@ class Leasing(Flights):
         self._wait_until_ready(entries)
         return True
 
-    def _try_acquire(self, wanted: list[Entry], headroom: int) -> bool:
+    def _try_acquire(self, wanted: list[Entry], headroom: int, *, passing: bool) -> bool:
         if any(entry.busy for entry in wanted):
             return False
         for entry in wanted:
@@ -99,7 +100,7 @@ class Leasing(Flights):
         policy = self.tiers[0].policy
         if len(wanted) > 1 and isinstance(policy, Foresight):
             policy.together([entry.key for entry in wanted])
-        self._lease(wanted)
+        self._lease(wanted, passing=passing)
         if not missing:
             self._tell(wanted)
             self._count(wanted, 0)
@@ -108,17 +109,17 @@ class Leasing(Flights):
         try:
             ready = self.make_room(0, need)
         except BaseException:
-            self.release(wanted)
+            self.release(wanted, passing=passing)
             raise
         moved = not self._still_missing(missing)  # by another thread, while room was made
         if ready and not moved:
             self._count(wanted, len(missing))
-            self._fill(wanted, missing)
+            self._fill(wanted, missing, passing=passing)
             return True
         if ready:
             self.tiers[0].ledger.release(need)
-        self.release(wanted)
-        return moved and self._try_acquire(wanted, headroom)
+        self.release(wanted, passing=passing)
+        return moved and self._try_acquire(wanted, headroom, passing=passing)
 
     def _wait_until_ready(self, leased: Sequence[Entry]) -> None:
         """Let what this thread computes from now on come after the copies that fill what it leased."""
@@ -144,7 +145,7 @@ class Leasing(Flights):
     def _still_missing(self, missing: list[Entry]) -> bool:
         return all(0 not in entry.tiers and not entry.busy and self.entries.get(entry.key) is entry for entry in missing)
 
-    def _fill(self, wanted: list[Entry], missing: list[Entry]) -> None:
+    def _fill(self, wanted: list[Entry], missing: list[Entry], *, passing: bool) -> None:
         """Copy reserved and leased entries into the fast tier; on failure give back every lease and reservation."""
         started = self.engine.now()
         flights: list[Flight] = []
@@ -166,7 +167,7 @@ class Leasing(Flights):
             for entry in todo:
                 self.tiers[0].ledger.release(entry.nbytes)
                 self.unmark_busy(entry)
-            self.release(wanted)
+            self.release(wanted, passing=passing)
             raise
         self._stalled(missing[0].key, started)
 
@@ -193,13 +194,14 @@ class Leasing(Flights):
         elif keys:
             self.tiers[0].policy.access(keys[0])
 
-    def _lease(self, entries: Sequence[Entry]) -> None:
+    def _lease(self, entries: Sequence[Entry], *, passing: bool = False) -> None:
         me = threading.get_ident()
         taken = 0
         for entry in entries:
             if entry.leases == 0:
                 self.leased_bytes += entry.nbytes
             entry.leases += 1
+            entry.passing += passing
             taken += entry.nbytes
         self._held[me] = self._held.get(me, 0) + taken
 
@@ -222,12 +224,13 @@ class Leasing(Flights):
             self.leased_bytes -= entry.nbytes
         self.wake()
 
-    def release(self, entries: Iterable[Entry], owner: int | None = None) -> None:
-        """Give back one lease on each entry; `owner` is the thread that took it, by default this one."""
+    def release(self, entries: Iterable[Entry], owner: int | None = None, *, passing: bool = False) -> None:
+        """Give back one lease on each entry; `owner` is the thread that took it, by default this one, `passing` as it was taken."""
         thread = threading.get_ident() if owner is None else owner
         given = 0
         for entry in entries:
             entry.leases -= 1
+            entry.passing -= passing
             given += entry.nbytes
             if entry.leases == 0:
                 self.leased_bytes -= entry.nbytes

@@ -63,8 +63,8 @@ class Residency:
 
     @staticmethod
     def moving(entry: Entry) -> bool:
-        """True while a thread copies or replaces `entry`, or has leased it and makes room for it."""
-        return entry.busy or (entry.leases > 0 and not entry.resident)
+        """True while a thread copies or replaces `entry`, makes room for it under a lease, or is about to take its value as it is."""
+        return entry.busy or entry.passing > 0 or (entry.leases > 0 and not entry.resident)
 
     def check_open(self) -> None:
         if self.closed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 
 import torch
@@ -13,7 +14,7 @@ from tierstore.backend import VolatileBackend
 from tierstore.building import durable_tiers
 from tierstore.checksum import Verify
 from tierstore.entry import Entry
-from tierstore.errors import BudgetError, ReadOnlyError, TierStoreError
+from tierstore.errors import BudgetError, ClosedError, ReadOnlyError, TierStoreError
 from tierstore.lease import Lease
 from tierstore.picture import draw
 from tierstore.planning.names import policy_factory
@@ -95,9 +96,6 @@ class TieredStore:
         `changed`. Raises `KeyError` if there is none, `BudgetError` if it can never be resident.
         """
         moves = self._moves
-        if not moves.tiers[0].memory:
-            with self.lease(key) as tensors:
-                return tensors[0]
         with self._lock:
             entry = moves.entry(key)
             if entry.tensor is not None and entry.ready is None and not entry.busy:
@@ -107,10 +105,16 @@ class TieredStore:
                 tensor = entry.tensor
                 moves.pump()
                 return tensor
-            moves.acquire([entry], "get")
-            tensor = moves.tiers[0].backend.get(key) if entry.tensor is None else entry.tensor
-            moves.release([entry])  # in the same turn of the lock, so that no other thread meets this lease
-            return tensor
+            moves.acquire([entry], "get", passing=True)
+            if entry.tensor is not None:
+                tensor = entry.tensor
+                moves.release([entry], passing=True)
+                return tensor
+        try:
+            return moves.tiers[0].backend.get(key)
+        finally:
+            with self._lock:
+                moves.release([entry], passing=True)
 
     def lease(self, *keys: str) -> Lease:
         """Return a context manager: inside, the values are resident and stay so; it yields them in the order of `keys`.
@@ -268,7 +272,8 @@ class TieredStore:
         if background is not None:
             background.shutdown(wait=True, cancel_futures=True)
         if flush if flush is not None else not self._moves.tiers[self._moves.home].volatile:
-            self.flush()
+            with suppress(ClosedError):  # another thread was faster
+                self.flush()
         with self._lock:
             if not self._moves.close():
                 return
