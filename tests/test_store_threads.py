@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import threading
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -455,4 +456,35 @@ def test_gets_and_puts_of_other_shapes_do_not_disturb_each_other(rig: MakeRig) -
             r.store.get("b")
 
     assert in_threads(put, *[get] * 6, timeout=100) == [None] * 7
+    r.check()
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_fetch_gives_back_what_it_reserved_when_the_value_is_replaced_meanwhile(rig: MakeRig, ahead: bool) -> None:
+    """Making room for a value releases the lock, and the value that it was made for may be another one afterwards."""
+    r = rig(100, None)
+    r.store.put("wanted", value(60, 1))
+    r.store.offload("wanted")
+    r.store.put("in the way", value(90, 2))
+    moves, entry = r.store.moves, r.store.moves.entries["wanted"]
+    evict = moves.evict
+
+    def evict_slowly(victim: object, level: int) -> bool:
+        moves.evict = evict  # type: ignore[method-assign]
+        left = evict(victim, level)  # type: ignore[arg-type]
+        moves.lock.release()
+        try:
+            r.store.fill("wanted", value(20, 3), fastest=1)
+        finally:
+            moves.lock.acquire()
+        return left
+
+    moves.evict = evict_slowly  # type: ignore[method-assign, assignment]
+    with moves.lock:
+        if ahead:
+            policy = SimpleNamespace(wanted=lambda: "wanted", spare=lambda: iter(["in the way"]))
+            assert not moves._fetch_ahead(0, policy)  # type: ignore[arg-type]
+        else:
+            assert moves.fetch(entry) is None
+    assert torch.equal(r.store.get("wanted"), value(20, 3))
     r.check()

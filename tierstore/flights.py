@@ -137,10 +137,12 @@ class Flights(Residency):
 
     def fetch(self, entry: Entry) -> Flight | None:
         """Start to bring an entry into the fast tier if it is not there and room can be made."""
-        if self.moving(entry) or entry.resident or not self.make_room(0, entry.nbytes):
+        nbytes = entry.nbytes
+        if self.moving(entry) or entry.resident or not self.make_room(0, nbytes):
             return None
-        if self.moving(entry) or entry.resident or self.entries.get(entry.key) is not entry:  # by now
-            self.tiers[0].ledger.release(entry.nbytes)
+        gone = self.entries.get(entry.key) is not entry or entry.nbytes != nbytes
+        if gone or self.moving(entry) or entry.resident:  # by now
+            self.tiers[0].ledger.release(nbytes)
             return None
         self.mark_busy(entry)
         return self.begin(entry, min(entry.tiers), 0)
@@ -183,10 +185,13 @@ class Flights(Residency):
     def _fetch_ahead(self, level: int, policy: Foresight) -> bool:
         key = policy.wanted()
         entry = None if key is None else self.entries.get(key)
-        if entry is None or not self._below(entry, level) or not self._clear(level, entry.nbytes, policy.spare()):
+        if entry is None or not self._below(entry, level):
             return False
-        if not self._below(entry, level):  # by now
-            self.tiers[level].ledger.release(entry.nbytes)
+        nbytes = entry.nbytes
+        if not self._clear(level, nbytes, policy.spare()):
+            return False
+        if entry.nbytes != nbytes or not self._below(entry, level):  # by now
+            self.tiers[level].ledger.release(nbytes)
             return False
         self.mark_busy(entry)
         self.begin(entry, min(entry.tiers), level)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-_EVENTS = 200_000  # copies and stalls remembered; older ones are forgotten
+_EVENTS = 1 << 15  # copies, stalls and so on remembered, in up to 20 MiB; older ones are forgotten
 
 Event = dict[str, object]
 
