@@ -237,6 +237,36 @@ def test_small_tensors_stay_plain_where_they_take_little(scratch: Path) -> None:
     assert type(model.body[1]._buffers) is dict
 
 
+def test_small_tensors_of_a_mapped_model_lie_in_memory_and_not_in_a_file(scratch: Path, tmp_path: Path) -> None:
+    """The system drops the pages of files first, and would read them again in every pass."""
+    model = Normed()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", mmap=True, weights_only=True)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.data = state[name]
+    small = {name: tensor.data_ptr() for name, tensor in model.state_dict().items() if 0 < tensor.nbytes <= SMALL}
+    assert all(file_at(address) == str(tmp_path / "model.pt") for address in small.values())
+    parameters = dict(model.named_parameters())
+    with tiered(model, cpu=nbytes(model) * 3 // 4, disk=scratch, device="cpu"):
+        held = {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()] if name in small}
+        assert len(held) == len(small) > 3
+        assert not any(file_at(tensor.data_ptr()).startswith("/") for tensor in held.values())
+        assert all(torch.equal(tensor, state[name]) for name, tensor in held.items())
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def file_at(address: int) -> str:
+    """Return the path of the file that is mapped at an address of this process, "" if none is."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, path = line.split(maxsplit=5) if len(line.split(maxsplit=5)) == 6 else (*line.split(), "")
+        start, stop = (int(end, 16) for end in span.split("-"))
+        if start <= address < stop:
+            return str(path)
+    return ""
+
+
 def test_small_tensors_give_way_to_an_operation_that_needs_all_of_the_budget(scratch: Path) -> None:
     class Sum(Normed):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -145,7 +145,11 @@ class Attachment(StoreHost):
         replace_content(tensor, wrapper)
 
     def _hold(self, region: Region) -> bool:
-        """Keep a region plain and resident for good, on the compute device, counted in the fast tier; False if there is no room."""
+        """Keep a region plain and resident for good, on the compute device, counted in the fast tier; False if there is no room.
+
+        Where others stream past it is copied into memory of the tier: the model's own may be a map of a file, whose pages
+        the system would drop and read again, with others around them, in every pass.
+        """
         assert region.base is not None
         base = region.base
         tier = self.moves.tiers[0]
@@ -153,8 +157,8 @@ class Attachment(StoreHost):
             if not self.moves.make_room(0, region.spec.nbytes):
                 return False
         with torch.inference_mode(False), torch.no_grad():
-            if base.device != self.device:
-                base = typed_view(raw_bytes(base).to(self.device), region.spec)
+            if base.device != self.device or not self.holds_all:
+                base = typed_view(raw_bytes(base).to(self.device, copy=True), region.spec)
                 for binding in region.bindings:
                     move_plain(binding.tensor, typed_part(base, binding.geometry.spec, binding.geometry.offset))
         with self.moves.lock:
