@@ -99,12 +99,21 @@ def describe(path: PathLike) -> Contents:
     place = Path(path).expanduser().absolute()
     if not place.exists():
         raise BackendError(f"there is nothing at {place}; give the path of a checkpoint, of a file of one, or of a disk store")
-    known = [kind for name in backend_names() if issubclass(kind := backend_class(name), Described)]
-    for kind in known:
-        if kind.recognises(place):
+    unusable = []
+    for name in backend_names():
+        try:
+            kind = backend_class(name)
+        except ImportError:
+            unusable.append(name)
+            continue
+        if issubclass(kind, Described) and kind.recognises(place):
             return kind.describe(place)
     has = f"it has {sorted(entry.name for entry in place.iterdir())[:5]}" if place.is_dir() else "its name ends like none of theirs"
-    raise BackendError(f"{place} is neither a checkpoint nor a store that an installed backend knows; {has}")
+    raise BackendError(f"{place} is neither a checkpoint nor a store that an installed backend knows; {has}{_told_of(unusable)}")
+
+
+def _told_of(unusable: list[str]) -> str:
+    return f"; {', '.join(unusable)} cannot be imported, and `tierstore doctor` says why" if unusable else ""
 
 
 def verify(path: PathLike, backend: str = "disk") -> Inspection:

@@ -12,8 +12,8 @@ from tierstore.sizes import format_size
 from tierstore.spec import TensorSpec
 
 _EPILOG = """\
-Only headers and indices are read, no weights; nothing is changed, also where another process writes. `tierstore verify`
-reads everything and checks it.
+Only headers and indices are read, no weights, also where another process writes; nothing is changed (SQLite may put its two
+empty side files beside the index of a store). `tierstore verify` reads everything and checks it.
 
 example: tierstore inspect /models/llama
          tierstore inspect /nvme/cache --keys --json

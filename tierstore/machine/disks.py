@@ -34,17 +34,18 @@ class DiskSpeed:
     cached: float | None
 
 
-def folder_speed(folder: Path, nbytes: int = _MOST) -> DiskSpeed:
+def folder_speed(folder: Path, nbytes: int | None = None) -> DiskSpeed:
     """Measure the file system of `folder` with a file of up to `nbytes`, which has no name and ends with the process at the latest.
 
     Raises `BackendError` if nothing can be written there.
     """
     if not folder.is_dir():
         raise BackendError(f"{folder} is no directory; give one that is there, or make it")
-    room = min(nbytes, shutil.disk_usage(folder).free // _SHARE_OF_FREE) // _REQUEST * _REQUEST
+    room = min(nbytes or _MOST, shutil.disk_usage(folder).free // _SHARE_OF_FREE) // _REQUEST * _REQUEST
     if room < _LEAST:
+        needed = _SHARE_OF_FREE * _LEAST
         raise BackendError(
-            f"{folder} has too little room to measure it, which takes {_SHARE_OF_FREE * _LEAST} bytes of free space; choose another directory"
+            f"{folder} has too little room to measure it, which takes {needed} bytes of free space; choose another directory"
         )
     try:
         with tempfile.TemporaryFile(dir=folder, prefix=".tierstore-") as file:

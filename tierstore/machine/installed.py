@@ -45,13 +45,13 @@ def installed_backends() -> list[Installed]:
 def _problem(name: str, owner: str) -> str:
     try:
         backend_class(name)
-    except (ImportError, AttributeError) as error:
+    except BackendError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001  (importing runs code of others, which may fail in any way; that is looked for)
         lacking = error.name if isinstance(error, ModuleNotFoundError) and error.name else ""
         helping = [extra for extra in extras_of(owner) if lacking and any(lacking in package for package in extra.missing)]
         way_out = helping[0].command if helping else f"pip install --force-reinstall {owner}"
-        return f"it cannot be imported ({error}); {way_out}"
-    except BackendError as error:
-        return str(error)
+        return f"it cannot be imported ({type(error).__name__}: {error}); {way_out}"
     return ""
 
 

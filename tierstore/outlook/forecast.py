@@ -62,8 +62,8 @@ class Smallest:
     """Which fast tiers are enough, in bytes.
 
     Below `starts` (the largest weight) a session is refused. From `runs` on (all that one module owns, if it is used at
-    once) every operation on the weights of one module has room. From `ahead` on the next weight has room beside it, so that
-    it can come while computing goes on. Activations on an accelerator come on top.
+    once) every operation on the weights of one module has room. From `ahead` on the weight that is used next, or a piece of
+    it, has room beside these, so that it can come while computing goes on. Activations on an accelerator come on top.
     """
 
     starts: int
@@ -100,9 +100,10 @@ def forecast(weights: Weights, rooms: Rooms, speeds: Speeds) -> Forecast:
     """Return what one pass costs. Raises `BudgetError` for a fast tier in which a session cannot start."""
     fast, budget = next(iter(rooms.nbytes.items()))
     _check(weights, fast, budget)
-    held = _held(weights, budget)
+    held = {weight.name: weight.nbytes for weight in _held(weights, budget)}
     trace = [name for name in weights.trace if name not in held]
-    parts = {name: _parts(weights.by_name[name], rooms, weights.nbytes > budget) for name in weights.by_name}
+    divided = rooms.divided and weights.nbytes > budget
+    parts = {name: _pieces(weight, divided=divided) for name, weight in weights.by_name.items()}
     made = _plan(trace, parts, [budget - sum(held.values()), *list(rooms.nbytes.values())[1:], None], speeds)
     links = {link: _use(level, made, parts, rooms, speeds) for level, link in enumerate(rooms.links)}
     computing = None if speeds.computing is None else sum(weights.by_name[name].nbytes for name in weights.trace) / speeds.computing
@@ -124,8 +125,8 @@ def forecast(weights: Weights, rooms: Rooms, speeds: Speeds) -> Forecast:
 def smallest_rooms(weights: Weights, *, divided: bool) -> Smallest:
     """Return which fast tiers are enough for a model."""
     largest, (module, owned) = weights.largest(), weights.largest_owner()
-    parts = [part for name in weights.trace for part in (weights.by_name[name].parts if divided else weights.by_name[name].whole)]
-    together = {part.key: name for name, weight in weights.by_name.items() for part in weight.parts} if divided else {}
+    used = [(part, weights.by_name[name].owners[0]) for name in weights.trace for part in _pieces(weights.by_name[name], divided=divided)]
+    parts, together = [part for part, _ in used], {part.key: owner for part, owner in used}
     cycle = Cycle([part.key for part in parts], [0.0] * len(parts), {part.key: part.nbytes for part in parts}, together)
     return Smallest(largest.nbytes, largest.name, owned, module, max(owned, cycle.ring(frozenset(), 2)))
 
@@ -136,16 +137,16 @@ def _check(weights: Weights, fast: str, budget: int) -> None:
         raise BudgetError(f"any operation on {largest.name!r}", tier=fast, required_bytes=largest.nbytes, budget_bytes=budget)
 
 
-def _held(weights: Weights, budget: int) -> dict[str, int]:
-    """Return the small weights that a session keeps in the fast tier for good, with their bytes."""
+def _held(weights: Weights, budget: int) -> list[Weight]:
+    """Return the weights that a session keeps in the fast tier for good: all of them if they fit, else small ones."""
     if weights.nbytes <= budget:
-        return {}
+        return list(weights.by_name.values())
     room = min(budget // SHARE_OF_SMALL, budget - 2 * weights.largest_owner()[1])
-    return {weight.name: weight.nbytes for weight in smallest(weights.by_name.values(), room, SMALL)}
+    return smallest(weights.by_name.values(), room, SMALL)
 
 
-def _parts(weight: Weight, rooms: Rooms, streams: bool) -> tuple[Part, ...]:
-    return weight.parts if rooms.divided and streams else weight.whole
+def _pieces(weight: Weight, *, divided: bool) -> tuple[Part, ...]:
+    return weight.parts if divided else weight.whole
 
 
 def _plan(trace: Sequence[str], parts: Mapping[str, Sequence[Part]], budgets: list[int | None], speeds: Speeds) -> Plan:
