@@ -76,9 +76,7 @@ def test_scratch_is_empty_and_casts_are_made(models: dict[str, Path], scratch: P
     assert "97.66 KiB" in errors
 
 
-def test_the_prompt_may_come_from_stdin(
-    models: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_from_stdin(models: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
     assert generate(capsys, models["plain"], prompt="-")[0] == expected(models["plain"], PROMPT) + "\n"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tierstore.checkpoint.binding import Bound
 from tierstore.checkpoint.lazy import CheckpointTensor
 from tierstore.checkpoint.library import load_unread
 from tierstore.checkpoint.source import local_path, open_source
-from tierstore.errors import BackendError, CheckpointError
+from tierstore.errors import BackendError, CheckpointError, TierStoreError
 from tierstore.patch.prestored import plain_like
 from tierstore.patch.regions import named_tensors
 from tierstore.patch.swap import replace_content
@@ -76,6 +78,17 @@ def transformers_library() -> Any:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise BackendError(f"from_pretrained needs transformers ({error}); pip install 'transformers>=5'") from error
+
+
+@contextmanager
+def explained(what: str, place: Path) -> Iterator[None]:
+    """Turn what transformers says of something that it cannot load from `place` into one line of a `CheckpointError`."""
+    try:
+        yield
+    except TierStoreError:  # some are OSErrors or ValueErrors as well, and clear already
+        raise
+    except (ImportError, KeyError, OSError, ValueError) as error:
+        raise CheckpointError(f"transformers cannot load {what} from {place}: {' '.join(str(error).split())}") from error
 
 
 def unread_model(

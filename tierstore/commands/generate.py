@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from tierstore.commands.quiet import quiet
-from tierstore.commands.showing import count, dtype, one_line, remarks, size
+from tierstore.commands.showing import count, dtype, remarks, size
 from tierstore.errors import BackendError, CheckpointError
-from tierstore.pretrained import from_pretrained, transformers_library
+from tierstore.pretrained import explained, from_pretrained, transformers_library
 
 _EPILOG = """\
 The text goes to stdout as it is made, everything else to stderr. The checkpoint's files are read where they lie, and nothing
@@ -57,13 +57,18 @@ def run(arguments: argparse.Namespace) -> int:
     if not (place / "config.json").is_file():
         raise CheckpointError(f"{place} is no Hugging Face model directory: it has no config.json; give one that has")
     with quiet(library):
-        tokenizer = _tokenizer(library, place)
+        with explained("a tokenizer", place):
+            tokenizer = library.AutoTokenizer.from_pretrained(place, local_files_only=True)
         inputs = _encode(tokenizer, _prompt(arguments.prompt), arguments.chat)
-        model = _model(library, place, arguments)
+        budgets = {"gpu": arguments.gpu, "cpu": arguments.cpu, "disk": arguments.disk, "device": arguments.device}
+        with explained("a language model", place):
+            model = from_pretrained(library.AutoModelForCausalLM, place, dtype=arguments.dtype, **budgets)
     try:
         _generate(library, model, tokenizer, inputs, arguments)
         if arguments.report:
             remarks().print(model.tiered.report(), markup=False, end="")
+    except torch.OutOfMemoryError as error:
+        raise BackendError(f"no memory was left beside the weights: {error}; lower --gpu, or ask for fewer tokens") from error
     finally:
         model.tiered.close()
     return 0
@@ -71,13 +76,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _prompt(text: str) -> str:
     return sys.stdin.read() if text == "-" else text
-
-
-def _tokenizer(library: Any, place: Path) -> Any:
-    try:
-        return library.AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CheckpointError(f"transformers cannot load a tokenizer from {place}: {one_line(error)}") from error
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool | None) -> dict[str, torch.Tensor]:
@@ -92,16 +90,6 @@ def _encode(tokenizer: Any, prompt: str, chat: bool | None) -> dict[str, torch.T
     if encoded["input_ids"].numel() == 0:
         raise CheckpointError("the prompt has no tokens; give some text")
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
-
-
-def _model(library: Any, place: Path, arguments: argparse.Namespace) -> Any:
-    budgets = {"gpu": arguments.gpu, "cpu": arguments.cpu, "disk": arguments.disk, "device": arguments.device}
-    try:
-        return from_pretrained(library.AutoModelForCausalLM, place, dtype=arguments.dtype, **budgets)
-    except (ImportError, KeyError, ValueError) as error:
-        if isinstance(error, (BackendError, CheckpointError)):
-            raise
-        raise CheckpointError(f"transformers cannot load a language model from {place}: {one_line(error)}") from error
 
 
 def _generate(library: Any, model: Any, tokenizer: Any, inputs: dict[str, torch.Tensor], arguments: argparse.Namespace) -> None:

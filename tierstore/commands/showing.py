@@ -45,11 +45,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lef
     return made
 
 
-def one_line(error: BaseException) -> str:
-    """Return what a library says, without its line breaks."""
-    return " ".join(str(error).split())
-
-
 def size(text: str) -> int:
     """Parse an argument that is a size, or a rate in bytes per second."""
     try:

@@ -10,8 +10,8 @@ and no ties, no buffers and no lookups of rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tierstore.errors import BackendError, CheckpointError
 from tierstore.outlook.weights import Part, Weight, Weights
 from tierstore.patch.lookup import LARGE
 from tierstore.patch.regions import find_regions, named_tensors
-from tierstore.pretrained import bind_itself, transformers_library, unread_model
+from tierstore.pretrained import bind_itself, explained, transformers_library, unread_model
 from tierstore.recipe import Recipe, Stored, leaves_of
 from tierstore.registry import open_backend
 from tierstore.spec import TensorSpec
@@ -40,9 +40,11 @@ def read_weights(checkpoint: Path, dtype: torch.dtype | None = None) -> Weights:
     weights that the model needs and the checkpoint lacks.
     """
     source = open_source(checkpoint, None)
-    with closing(source):
+    with closing(source), closing(open_backend("ram")) as ram:
+        assert isinstance(ram, DivisibleBackend)
         model, note = _model(checkpoint, source, dtype)
-        return _of_files(source, dtype, note) if model is None else _of_model(model, source, note)
+        make = _Maker(source, ram)
+        return _of_files(make, dtype, note) if model is None else _of_model(make, model, note)
 
 
 def _model(checkpoint: Path, source: SourceBackend, dtype: torch.dtype | None) -> tuple[Any, str]:
@@ -60,7 +62,7 @@ def _model(checkpoint: Path, source: SourceBackend, dtype: torch.dtype | None) -
     except (ValueError, KeyError) as error:
         return None, f"transformers does not know this model ({str(error).splitlines()[0]})"
     kind = _kind(library, config)
-    with warnings.catch_warnings(record=True) as heard:
+    with warnings.catch_warnings(record=True) as heard, explained("the model", checkpoint):
         warnings.simplefilter("always", UserWarning)
         model = unread_model(library, kind, checkpoint, source, config=config, dtype=dtype, strict=True)
     return model, "; ".join(str(warning.message) for warning in heard if warning.category is UserWarning)
@@ -75,9 +77,9 @@ def _kind(library: Any, config: Any) -> Any:
     return getattr(library, _AUTO)
 
 
-def _of_model(model: Any, source: SourceBackend, note: str) -> Weights:
+def _of_model(make: _Maker, model: Any, note: str) -> Weights:
     bound = bind_itself(model)
-    source.bind(bound.recipes)
+    make.source.bind(bound.recipes)
     named = list(named_tensors({"": model}))
     tables = {path for path, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
     weights: dict[str, Weight] = {}
@@ -87,7 +89,7 @@ def _of_model(model: Any, source: SourceBackend, note: str) -> Weights:
         recipe = bound.recipes[keys[0]] if keys else None
         owners = tuple({_owner(name): None for binding in region.bindings for name in binding.names})
         rows = recipe is not None and not tables.isdisjoint(owners) and _is_looked_up(recipe)
-        weights[region.name] = _weight(region.name, recipe, region.spec, owners, source, rows=rows)
+        weights[region.name] = make.weight(region.name, recipe, region.spec, owners, rows=rows)
         names |= {id(binding.tensor): region.name for binding in region.bindings}
     found = [(path, names[id(tensor)]) for path, tensor in named if id(tensor) in names]
     trace = tuple(name for path, name in found if not (weights[name].row_bytes and _owner(path) in tables))
@@ -103,24 +105,21 @@ def _is_looked_up(recipe: Recipe) -> bool:
     return isinstance(recipe, Stored) and recipe.spec.nbytes >= LARGE
 
 
-def _weight(
-    name: str, recipe: Recipe | None, spec: TensorSpec, owners: tuple[str, ...], source: SourceBackend, *, rows: bool = False
-) -> Weight:
-    """Return a weight; one without a recipe has its value in memory already, like a buffer that was computed."""
-    if recipe is None:
-        return Weight(name, spec, spec.nbytes, owners, (Part(name, spec.nbytes, spec.nbytes),))
-    parts = tuple(_parts(name, recipe, source))
-    row_bytes = spec.nbytes // spec.shape[0] if rows else 0
-    return Weight(name, recipe.spec, _file_bytes(recipe), owners, parts, row_bytes)
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    """Makes weights of the values that `source` presents; `ram` says how they would be divided."""
 
+    source: SourceBackend
+    ram: DivisibleBackend
 
-def _parts(name: str, recipe: Recipe, source: SourceBackend) -> Iterator[Part]:
-    """Yield the pieces in which a value would lie in RAM of the CPU, or the whole if it would not be divided."""
-    with closing(open_backend("ram")) as ram:
-        assert isinstance(ram, DivisibleBackend)
-        pieces = pieces_of(name, recipe, phase_of(source, name), ram) or {name: recipe}
-    for key, part in pieces.items():
-        yield Part(key, part.spec.nbytes, _file_bytes(part))
+    def weight(self, name: str, recipe: Recipe | None, spec: TensorSpec, owners: tuple[str, ...], *, rows: bool = False) -> Weight:
+        """Return a weight; one without a recipe has its value in memory already, like a buffer that was computed."""
+        if recipe is None:
+            return Weight(name, spec, spec.nbytes, owners, (Part(name, spec.nbytes, spec.nbytes),))
+        pieces = pieces_of(name, recipe, phase_of(self.source, name), self.ram) or {name: recipe}
+        parts = tuple(Part(key, part.spec.nbytes, _file_bytes(part)) for key, part in pieces.items())
+        row_bytes = spec.nbytes // spec.shape[0] if rows else 0
+        return Weight(name, recipe.spec, _file_bytes(recipe), owners, parts, row_bytes)
 
 
 def _file_bytes(recipe: Recipe) -> int:
@@ -128,13 +127,14 @@ def _file_bytes(recipe: Recipe) -> int:
     return sum(leaf.spec.nbytes for leaf in leaves_of(recipe))
 
 
-def _of_files(source: SourceBackend, dtype: torch.dtype | None, why: str) -> Weights:
+def _of_files(make: _Maker, dtype: torch.dtype | None, why: str) -> Weights:
     """Return every tensor as a weight, in the order in which they lie in the files."""
+    source = make.source
     recipes = {name: _cast(tensor, dtype).recipe for name, tensor in unread_tensors(source).items()}
     places = {name: source.extent(name) for name in recipes}
     order = sorted(recipes, key=lambda name: (place.path, place.offset, name) if (place := places[name]) else ("", 0, name))
     source.bind(recipes)
-    weights = {name: _weight(name, recipes[name], recipes[name].spec, (_owner(name),), source) for name in order}
+    weights = {name: make.weight(name, recipes[name], recipes[name].spec, (_owner(name),)) for name in order}
     note = f"{why}: the order of use is taken to be the order in the files; ties, buffers and lookups of rows are not known"
     return Weights(weights, tuple(order), "the files", (note,))
 
