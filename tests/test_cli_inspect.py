@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,17 @@ def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "layers.0.[w]" not in out
     assert main(["inspect", str(place), "--keys"]) == 0
     assert "layers.0.[w]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["tables", "json"])
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, more: list[str]) -> None:
+    place = write_single(tmp_path / "c", STATE)
+    command = [sys.executable, "-m", "tierstore", "inspect", str(place), "--keys", *more]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ("", 0)
 
 
 def test_what_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

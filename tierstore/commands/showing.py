@@ -18,10 +18,16 @@ from tierstore.sizes import parse_size
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
+class _Results(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the program what it means that nobody reads on; rich would end it with code 1."""
+        raise BrokenPipeError
+
+
 def results() -> Console:
     """Return what prints to stdout; as wide as tables are where nobody looks on."""
-    console = Console(highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=140)
+    console = _Results(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else _Results(highlight=False, soft_wrap=True, width=140)
 
 
 def remarks() -> Console:
