@@ -42,6 +42,13 @@ def find_tensors(path: Path) -> dict[str, Located]:
     raise CheckpointError(f"{path} holds no *.safetensors and no {', '.join('*' + suffix for suffix in _PICKLED)}; it has {names[:5]}")
 
 
+def looks_like_one(path: Path) -> bool:
+    """True if `path` is, or a directory has, a file whose name ends like those of checkpoints."""
+    suffixes = (".safetensors", _INDEX, *_PICKLED)
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else [path.name]
+    return any(name.endswith(suffixes) and not name.startswith(".") for name in names)
+
+
 def _parser(file: Path) -> Parse:
     return read_pickled if file.name.endswith(_PICKLED) else read_header
 

@@ -16,11 +16,12 @@ from tierstore.backends._disk.maps import map_range
 from tierstore.backends._files import OpenFiles
 from tierstore.backends._pieces import PieceReader
 from tierstore.backends._pinned_file import Identity, PinnedFile, check_identity, status_of
-from tierstore.backends._shards import find_tensors
+from tierstore.backends._shards import find_tensors, looks_like_one
 from tierstore.backends.disk import DiskBackend
 from tierstore.errors import BackendError, BudgetError, ClosedError, CorruptionError, StorageError
 from tierstore.file_system import FileSystem
 from tierstore.ledger import Ledger
+from tierstore.maintenance import Contents, Described
 from tierstore.open_file import OpenFile
 from tierstore.recipe import Recipe, Stored, compute, fill
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
@@ -28,7 +29,7 @@ from tierstore.spec import TensorSpec, raw_bytes, typed_view
 _LARGE = 1 << 20  # bytes from which a computed value that somebody keeps is written to a file instead of taking memory
 
 
-class CheckpointBackend(SourceBackend):
+class CheckpointBackend(SourceBackend, Described):
     """Presents the checkpoint at `path`: a safetensors or `torch.save` file, a directory of them, or an index of shards.
 
     What is put goes to `scratch`, a directory or a backend that this one then owns; without it to a directory made beside
@@ -54,6 +55,19 @@ class CheckpointBackend(SourceBackend):
         self._written: dict[str, int] = {}
         self._ledger = Ledger(limit)
         self._closed = False
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        return looks_like_one(path)
+
+    @classmethod
+    def describe(cls, path: Path) -> Contents:
+        located = find_tensors(path)
+        folder = path if path.is_dir() else path.parent
+        tensors = {name: (tensor.spec, str(tensor.file.relative_to(folder))) for name, tensor in located.items()}
+        files = {str(tensor.file.relative_to(folder)): tensor.identity.size for tensor in located.values()}
+        facts = {"format": ", ".join(sorted({tensor.file.suffix.removeprefix(".") for tensor in located.values()}))}
+        return Contents(str(path), "checkpoint", tensors, files, facts)
 
     # -- the checkpoint -----------------------------------------------------------------------------------------
 

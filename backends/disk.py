@@ -19,11 +19,11 @@ from typing import TypeVar
 import torch
 
 from tierstore.backend import FileBackend, FileExtent
-from tierstore.backends._disk import upkeep
+from tierstore.backends._disk import description, upkeep
 from tierstore.backends._disk.failures import Health, Owner, explained
 from tierstore.backends._disk.hold import WriteHold
 from tierstore.backends._disk.index import Index, UncertainError
-from tierstore.backends._disk.layout import Root, open_index, read_format, read_rows
+from tierstore.backends._disk.layout import MARKER, Root, open_index, read_format, read_rows
 from tierstore.backends._disk.reading import Blobs
 from tierstore.backends._disk.rows import Row
 from tierstore.backends._disk.writing import BlobWriter, Draft
@@ -32,14 +32,14 @@ from tierstore.backends.scratch import ScratchBackend
 from tierstore.checksum import Verify, check_verify
 from tierstore.errors import BackendError, CorruptionError
 from tierstore.file_system import FileSystem
-from tierstore.maintenance import Inspection, Maintained, PathLike
+from tierstore.maintenance import Contents, Described, Inspection, Maintained, PathLike
 from tierstore.spec import TensorSpec, raw_bytes
 
 _SYSTEM = FileSystem()
 T = TypeVar("T")
 
 
-class DiskBackend(FileBackend, Maintained):
+class DiskBackend(FileBackend, Maintained, Described):
     """Keeps tensors below `path`, which it creates, for good; one store at a time has a directory open for writing.
 
     What `put` or `delete` has returned from survives a crash of the process and of the machine. `verify` says when bytes
@@ -82,6 +82,14 @@ class DiskBackend(FileBackend, Maintained):
     @classmethod
     def repair(cls, path: PathLike) -> Inspection:
         return upkeep.repair(Path(path).absolute(), _SYSTEM)
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        return (path / MARKER).is_file()
+
+    @classmethod
+    def describe(cls, path: Path) -> Contents:
+        return description.describe(path, _SYSTEM)
 
     def file_of(self, key: str) -> Path:
         """Return the file that holds `key` now; raise `KeyError` if there is none."""

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tierstore import demo
 from tierstore.__main__ import main
+from tierstore.commands import demo
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

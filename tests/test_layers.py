@@ -16,13 +16,13 @@ LAYERS = (
     {"errors", "sizes", "spec", "recipe", "devices", "shield", "file_system", "checksum", "open_file"},
     {"backend", "registry", "maintenance"},
     {"ledger", "planning"},
-    {"entry", "tier", "building", "stats", "timeline", "picture", "transfer"},
+    {"entry", "tier", "building", "stats", "timeline", "picture", "transfer", "machine"},
     {"residency", "flights", "leasing", "writing", "lease"},
     {"store"},
     {"report"},
     {"patch"},
-    {"session", "training", "checkpoint", "pretrained"},
-    {"demo", "cli", "__main__", "testing"},
+    {"session", "training", "checkpoint", "pretrained", "outlook"},
+    {"commands", "__main__", "testing"},
 )
 
 

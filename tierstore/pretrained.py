@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tierstore.checkpoint.binding import Bound
 from tierstore.checkpoint.lazy import CheckpointTensor
 from tierstore.checkpoint.library import load_unread
 from tierstore.checkpoint.source import local_path, open_source
-from tierstore.errors import BackendError, CheckpointError
+from tierstore.errors import BackendError, CheckpointError, TierStoreError
 from tierstore.patch.prestored import plain_like
 from tierstore.patch.regions import named_tensors
 from tierstore.patch.swap import replace_content
@@ -53,7 +55,7 @@ def from_pretrained(
     Weights that the checkpoint lacks raise `CheckpointError`, or are initialised by transformers if not `strict`; those of
     another shape always raise.
     """
-    library = _library()
+    library = transformers_library()
     refused = [name for name in options if name in _OURS]
     if refused:
         raise CheckpointError(f"{', '.join(refused)} cannot be given here: gpu=, cpu= and disk= say where weights go")
@@ -62,25 +64,37 @@ def from_pretrained(
     folder = local_path(checkpoint, disk[0] if isinstance(disk, tuple) else disk)
     source = open_source(folder, disk)
     with closing_on_failure(source):
-        model = _unread_model(library, auto_class, folder, source, dtype=dtype, strict=strict, **options)
-        bound = _bind_itself(model)
+        model = unread_model(library, auto_class, folder, source, dtype=dtype, strict=strict, **options)
+        bound = bind_itself(model)
     session = over_checkpoint({"": model}, source, bound, budgets)
     weakref.finalize(session.lifetime, session.store.close, flush=False)  # nobody has to close it for its files to go
     model.tiered = session
     return model
 
 
-def _library() -> Any:
+def transformers_library() -> Any:
+    """Return the package transformers; raise `BackendError` with the way to get it."""
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise BackendError(f"from_pretrained needs transformers ({error}); pip install 'transformers>=5'") from error
 
 
-def _unread_model(
+@contextmanager
+def explained(what: str, place: Path) -> Iterator[None]:
+    """Turn what transformers says of something that it cannot load from `place` into one line of a `CheckpointError`."""
+    try:
+        yield
+    except TierStoreError:  # some are OSErrors or ValueErrors as well, and clear already
+        raise
+    except (ImportError, KeyError, OSError, ValueError) as error:
+        raise CheckpointError(f"transformers cannot load {what} from {place}: {' '.join(str(error).split())}") from error
+
+
+def unread_model(
     library: Any, auto_class: Any, folder: Path, source: SourceBackend, *, dtype: torch.dtype | str | None, strict: bool, **options: Any
 ) -> Any:
-    """Let transformers build the model and load it from tensors that nobody reads."""
+    """Let transformers build the model and load it from tensors that nobody reads; its parameters are `CheckpointTensor`s."""
     config = options.pop("config", None)
     if not isinstance(config, library.PretrainedConfig):
         loader = getattr(auto_class, "config_class", None) or library.AutoConfig
@@ -110,7 +124,7 @@ def _generation_config(library: Any, folder: Path) -> Any:
         return library.GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
 
 
-def _bind_itself(model: torch.nn.Module) -> Bound:
+def bind_itself(model: torch.nn.Module) -> Bound:
     """Turn the unread tensors of a model into ones on the meta device, and return what they were."""
     names: dict[int, str] = {}
     recipes: dict[str, Recipe] = {}

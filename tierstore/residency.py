@@ -48,10 +48,15 @@ class Residency:
         self._busy = 0
 
     def entry(self, key: str) -> Entry:
-        """Return the entry of `key`; raise `MissingKeyError`, or `ClosedError` once the store is closed."""
+        """Return the entry of `key`; raise `MissingKeyError`, or `ClosedError` once the store is closed.
+
+        Waits for the end of a first write: other processes may see the value already.
+        """
         self.check_open()
-        entry = self.entries.get(key)
-        if entry is None or not entry.tiers:  # a value whose first write is not complete
+        while (entry := self.entries.get(key)) is not None and not entry.tiers and entry.busy:
+            self.engine.wait(self.lock)
+            self.check_open()
+        if entry is None or not entry.tiers:
             raise MissingKeyError(f"no entry is called {key!r}")
         return entry
 

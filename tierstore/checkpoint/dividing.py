@@ -25,21 +25,21 @@ def present(source: SourceBackend, recipes: Mapping[str, Recipe], fast: Tier) ->
     parts: dict[str, Recipe] = {}
     values: dict[str, StoredValue] = {}
     for name, recipe in recipes.items():
-        phase = _phase(source, name)
-        pieces = _pieces(name, recipe, phase, backend)
+        phase = phase_of(source, name)
+        pieces = pieces_of(name, recipe, phase, backend)
         parts |= pieces or {name: recipe}
         values[name] = _placed(recipe, pieces, phase, backend) if pieces else whole[name]
     source.bind(parts)
     return values
 
 
-def _phase(source: SourceBackend, name: str) -> int:
+def phase_of(source: SourceBackend, name: str) -> int:
     """Return how far after a page of the file a value begins: so it should lie in memory, to be read around the page cache."""
     extent = source.extent(name)
     return 0 if extent is None else extent.offset % PAGE
 
 
-def _pieces(name: str, recipe: Recipe, phase: int, backend: DivisibleBackend) -> dict[str, Recipe]:
+def pieces_of(name: str, recipe: Recipe, phase: int, backend: DivisibleBackend) -> dict[str, Recipe]:
     """Return the recipe of each piece of a value by its key; none if the value cannot, or should not, be divided."""
     nbytes = recipe.spec.nbytes
     if not backend.divides(phase + nbytes):

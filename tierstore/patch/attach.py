@@ -32,7 +32,7 @@ from tierstore.spec import raw_bytes, typed_view
 from tierstore.store import TieredStore
 
 SMALL = 64 << 10  # bytes; tensors up to this size are held where many of them take a small part of the fast tier
-_SHARE_OF_SMALL = 16  # the part is one of so many
+SHARE_OF_SMALL = 16  # the part is one of so many
 
 _FAILURES = (TierStoreError, OSError, RuntimeError, MemoryError)  # of bringing one weight back; the others come back all the same
 
@@ -120,7 +120,7 @@ class Attachment(StoreHost):
         budget = self.moves.tiers[0].ledger.limit
         if self.holds_all or budget is None:
             return dict.fromkeys(regions)
-        room = min(budget // _SHARE_OF_SMALL, budget - 2 * self.headroom) - sum(entry.nbytes for entry in self._held.values())
+        room = min(budget // SHARE_OF_SMALL, budget - 2 * self.headroom) - sum(entry.nbytes for entry in self._held.values())
         return dict.fromkeys(smallest(regions, room, SMALL))
 
     def _tier(self, region: Region) -> None:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar
 
 from tierstore.errors import BudgetError
 from tierstore.patch.regions import Region
+from tierstore.spec import TensorSpec
 from tierstore.tier import Tier
+
+
+class _Sized(Protocol):
+    @property
+    def spec(self) -> TensorSpec: ...
+
+
+S = TypeVar("S", bound=_Sized)
 
 
 def check_room(tiers: Sequence[Tier], regions: Sequence[Region]) -> None:
@@ -32,7 +42,7 @@ def largest_owner(regions: Iterable[Region]) -> int:
     return max(owned.values(), default=0)
 
 
-def smallest(regions: Iterable[Region], room: int, most: int) -> list[Region]:
+def smallest(regions: Iterable[S], room: int, most: int) -> list[S]:
     """Return the smallest of `regions`, none larger than `most` bytes, as many as `room` bytes hold together."""
     found = []
     for region in sorted(regions, key=lambda region: region.spec.nbytes):

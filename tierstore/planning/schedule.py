@@ -13,7 +13,7 @@ from tierstore.planning.shadow import Shadowed
 _ENOUGH = 32  # expected accesses in a row after which a repetition is believed; fewer if all of it is shorter
 _FEWEST = 4
 _BETTER = 0.98  # a new plan replaces one that moves at least this much less
-_FIXED_BYTES = 512 << 10  # what a transfer costs on top of its bytes: 0.2 ms at 2.5 GB/s from a disk, or 10 us at 50 GB/s
+FIXED_BYTES = 512 << 10  # what a transfer costs on top of its bytes: 0.2 ms at 2.5 GB/s from a disk, or 10 us at 50 GB/s
 
 
 class Follower(Protocol):
@@ -34,7 +34,7 @@ class Schedule:
     `online` makes the policy for whatever no plan speaks of.
     """
 
-    def __init__(self, fixed_bytes: int = _FIXED_BYTES, online: PolicyFactory = Shadowed) -> None:
+    def __init__(self, fixed_bytes: int = FIXED_BYTES, online: PolicyFactory = Shadowed) -> None:
         self.online = online
         self.predictor = Predictor()
         self.predictor.on_trim = self._trimmed

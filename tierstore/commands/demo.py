@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import io
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tierstore.commands.quiet import quiet
 from tierstore.devices import compute_device
 from tierstore.errors import BudgetError, TierStoreError
 from tierstore.session import tiered
@@ -175,7 +174,7 @@ def _load(directory: Path | None, prompt: str, console: Console) -> Chat:
         raise CannotRunError(f"{directory} is no Hugging Face model directory: it has no config.json")
     else:
         name, place, options = directory.resolve().name, directory, {"dtype": "auto"}
-    with _step(f"loading {name}", console), _quiet(transformers):
+    with _step(f"loading {name}", console), quiet(transformers):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True, gguf_file=options.get("gguf_file"))
             model = transformers.AutoModelForCausalLM.from_pretrained(place, local_files_only=True, **options)
@@ -204,23 +203,6 @@ def _packaged_file() -> Path:
     return found[0]
 
 
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence progress bars and warnings; errors are exceptions and get through."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # the GGUF reader's bar listens to no switch
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
-
-
 def _encode(tokenizer: Any, prompt: str) -> dict[str, torch.Tensor]:
     """Return the prompt as the model wants it: in its chat format, or plain for a model that has none."""
     if tokenizer.chat_template is None:
@@ -240,7 +222,7 @@ def _generate(chat: Chat, tokens: int, device: torch.device) -> Answer:
     """Generate greedily: the likeliest token each time, so that two runs have no reason to differ."""
     inputs = {name: tensor.to(device) for name, tensor in chat.inputs.items()}
     started = time.perf_counter()
-    with _quiet(_need("transformers")), torch.no_grad():
+    with quiet(_need("transformers")), torch.no_grad():
         output = chat.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=tokens)
     new = output[0, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
     return Answer(new, time.perf_counter() - started)
