@@ -21,7 +21,7 @@ LAYERS = (
     {"store"},
     {"report"},
     {"patch"},
-    {"session", "training", "checkpoint", "pretrained"},
+    {"parts", "session", "training", "checkpoint", "pretrained"},
     {"demo", "cli", "__main__", "testing"},
 )
 
