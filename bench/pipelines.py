@@ -172,6 +172,7 @@ def main() -> int:
     parser.add_argument("--cpu", type=float, default=0.3, help="share in RAM; the rest is on disk (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # the models are too small to share among threads
     outcomes = [measure(name, options.gpu, options.cpu, options.runs) for name in options.only]
     Console(width=200, highlight=False).print(table_of(outcomes))
     return 0 if all(all(outcome.same) and outcome.within_budget for outcome in outcomes) else 1

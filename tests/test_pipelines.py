@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,15 @@ from tierstore import ModelError, Tiered, tiered
 from tierstore.parts import find_parts
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are too small to share among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @contextmanager
 def pressed(pipe: Any, disk: Path, gpu: float = 0.4, cpu: float = 0.3) -> Iterator[Tiered]:
     """A session over a pipeline whose fast tier and RAM hold these shares of it; budgets must hold."""
@@ -43,7 +53,7 @@ def test_the_result_is_the_same(name: str) -> None:
     outcome = measure(name)
     assert all(outcome.same), outcome.same
     assert outcome.within_budget
-    assert all(row.moved[0] > 0 and row.calls > 0 for row in outcome.rows), outcome.rows
+    assert all(sum(row.moved) > 0 and row.calls > 0 for row in outcome.rows), outcome.rows
     row = looped(outcome)
     fast = row.nbytes - row.least
     assert row.moved[-1] <= row.calls * (row.nbytes - fast // 2), "half of the fast tier at least is of use to the loop"
@@ -100,9 +110,7 @@ def test_two_pipelines_share_budgets_and_models(scratch: Path) -> None:
     expected = first(0), second(0)
     with pressed({"first": first.pipe, "second": second.pipe}, scratch) as session:
         assert same((first(0), second(0)), expected)
-        assert session.tier_of("first.vae.decoder.conv_in.weight") == session._attachment._place(
-            *next((r, b.tensor) for r in session._attachment._regions for b in r.bindings if "first.vae.decoder.conv_in.weight" in b.names)
-        )
+        assert {"first.vae.decoder.conv_in.weight", "second.transformer.pos_embed.proj.weight"} <= session.tier_map.keys()
     assert same((first(0), second(0)), expected)
 
 
@@ -230,6 +238,6 @@ def test_a_cache_of_activations_may_be_on_already(scratch: Path) -> None:
 def test_the_bench_tells_a_difference() -> None:
     outcome = measure("DDPM", runs=1)
     outcome.same[0] = False
-    console = Console(width=200, record=True, quiet=True)
-    console.print(table_of([outcome]))
-    assert "NO: [False, True]" in console.export_text()
+    printed = io.StringIO()
+    Console(width=200, file=printed).print(table_of([outcome]))
+    assert "NO: [False, True]" in printed.getvalue()
