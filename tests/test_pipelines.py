@@ -67,7 +67,10 @@ def test_the_model_in_the_loop_stays_and_others_pass_through() -> None:
 
 
 def test_models_used_once_give_way_in_ram_too() -> None:
-    """The text encoders come first and fill RAM; the transformer that streams in each step must not stay on disk for them."""
+    """The text encoders come first and fill RAM; the transformer that streams in each step must not stay on disk for them.
+
+    How it goes depends on when copies end; `test_plan` has the rule itself.
+    """
     outcome = measure("stable diffusion 3", gpu=0.33, cpu=0.33)
     row = looped(outcome)
     assert all(outcome.same)
