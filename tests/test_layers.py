@@ -21,7 +21,7 @@ LAYERS = (
     {"store"},
     {"report"},
     {"patch"},
-    {"session", "training", "checkpoint", "pretrained", "outlook"},
+    {"parts", "session", "training", "checkpoint", "pretrained", "outlook"},
     {"commands", "__main__", "testing"},
 )
 

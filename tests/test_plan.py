@@ -280,3 +280,30 @@ def test_what_is_held_is_not_offered() -> None:
     lane.remove("b")
     lane.insert("b", 10)
     assert set(lane._online.victims()) == {"a", "b", "c"}
+
+
+def test_what_no_plan_speaks_of_gives_way_to_what_a_slower_tier_is_to_keep() -> None:
+    """A model that ran before the loop fills RAM; what the plan keeps there is fetched from the disk in its place."""
+    schedule = Schedule()
+    fast, ram, _ = Lane(schedule), Lane(schedule), Lane(schedule)
+    fast.budget(40)
+    ram.budget(60)
+    for i in range(6):
+        ram.insert(f"encoder{i}", 10)
+    present: dict[str, int] = {}
+    for key in [f"block{i}" for i in range(8)] * 6:
+        if key not in present:
+            if len(present) == 4:
+                victim = next(iter(fast.victims()))
+                fast.remove(victim)
+                del present[victim]
+            fast.insert(key, 10)
+            present[key] = 10
+        fast.access(key)
+    assert schedule.plan is not None
+    kept = [key for key, level in schedule.plan.rest.items() if level == 1]
+    assert schedule.plan.ring_bytes[1] == 0
+    assert kept
+    spare = list(ram.spare())
+    assert len(spare) == len(kept)
+    assert all(key.startswith("encoder") for key in spare)

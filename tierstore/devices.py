@@ -48,6 +48,6 @@ def release_cached(device: torch.device) -> None:
 def names_device(name: str | torch.device | int, device: torch.device) -> bool:
     """True if `name`, which may lack an index ("cuda"), means `device`."""
     asked = torch.device(name)
-    if asked.type != device.type or asked.index == device.index:
+    if asked.type != device.type or asked.index == device.index or asked.type == "cpu":  # "cpu:0" is the CPU
         return asked.type == device.type
     return asked.index is None and device.index == torch.accelerator.current_device_index()

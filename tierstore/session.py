@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from tierstore.checkpoint.binding import Bound, bind
 from tierstore.checkpoint.dividing import present
 from tierstore.checkpoint.source import open_source
 from tierstore.errors import ModelError, TierStoreError
+from tierstore.parts import KeptDevices, find_parts
 from tierstore.patch.attach import Attachment, refuse_attached
 from tierstore.patch.regions import Region, StoredValue, check_model, check_modules
 from tierstore.planning.names import policy_factory
@@ -29,7 +30,6 @@ from tierstore.stats import Stats
 from tierstore.store import TieredStore
 from tierstore.tier import Tier
 
-Models = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.nn.Module]
 Disk = str | os.PathLike[str] | Backend | tuple[str | os.PathLike[str] | Backend, Size]
 
 
@@ -44,7 +44,7 @@ class Budgets:
 
 
 def tiered(
-    model: Models,
+    model: object,
     *,
     gpu: Size | None = None,
     cpu: Size | None = None,
@@ -57,10 +57,13 @@ def tiered(
 ) -> Tiered:
     """Run `model` with its weights in tiers, each inside its byte budget; use as a context manager, or call `.close()`.
 
-    `model`: a module, or a list or dict of modules that share the budgets. `gpu`, `cpu`: sizes (`"8GiB"`, bytes, or None:
-    that tier is left out, except that the computing tier is unlimited when no size is given at all). `disk`: a directory for
-    scratch files, a `(directory, size)` pair, a URL for scratch objects, or a `Backend`. `device`: where to compute; by default
-    the accelerator if one works, else the CPU. The tier called `gpu` is memory of that device, also when it is the CPU.
+    `model`: a module, or a list or dict of modules that share the budgets, or an object that holds modules, such as a
+    pipeline: those in its `components`, else those among its attributes; names in `tier_map` begin with theirs.
+
+    `gpu`, `cpu`: sizes (`"8GiB"`, bytes, or None: that tier is left out, except that the computing tier is unlimited when no
+    size is given at all). `disk`: a directory for scratch files, a `(directory, size)` pair, a URL for scratch objects, or a
+    `Backend`. `device`: where to compute; by default the accelerator if one works, else the CPU. The tier called `gpu` is
+    memory of that device, also when it is the CPU.
 
     `checkpoint`: the directory, file or URL whose tensors are the weights of a model on the meta device, found by name and
     used where they lie; `dtype` casts them on the way up. What is written goes to `disk`, or beside the checkpoint. Such a
@@ -71,18 +74,19 @@ def tiered(
     """
     _reject_unbuilt(train=train, checkpoint=checkpoint, dtype=dtype)
     policy_factory(policy)
-    models = _named(model)
+    parts = find_parts(model)
+    models = parts.modules
     check_modules(models)
     refuse_attached(models)
     if checkpoint is None:
         check_model(models)
         compute = choose_device(device, gpu)
-        return Tiered(models, TieredStore(_tiers(compute, gpu, cpu, disk), policy), compute)
+        return Tiered(models, TieredStore(_tiers(compute, gpu, cpu, disk), policy), compute, holders=parts.holders)
     budgets = Budgets(choose_device(device, gpu), gpu, cpu, policy)
     source = open_source(checkpoint, disk)
     with closing_on_failure(source):
         bound = bind(_single(models), source, dtype)
-    return over_checkpoint(models, source, bound, budgets)
+    return over_checkpoint(models, source, bound, budgets, parts.holders)
 
 
 class Tiered:
@@ -94,6 +98,8 @@ class Tiered:
         store: TieredStore,
         device: torch.device,
         stored: Mapping[int, StoredValue] | None = None,
+        *,
+        holders: Iterable[object] = (),
     ) -> None:
         self.store = store
         self.device = device
@@ -106,6 +112,7 @@ class Tiered:
             self._open = False
             store.close(flush=False)
             raise
+        self._devices = KeptDevices(holders, device)
         self._started = store.moves.engine.now()
 
     @property
@@ -134,6 +141,7 @@ class Tiered:
         """
         if self._open:
             self._attachment.detach()
+            self._devices.restore()
             self._open = False
             self.store.close(flush=False)
 
@@ -206,14 +214,16 @@ def _reject_unbuilt(*, train: bool, checkpoint: object, dtype: object) -> None:
         raise TierStoreError("dtype= casts the weights of a checkpoint= on the way up; without one, cast the model first (model.to(dtype))")
 
 
-def over_checkpoint(models: Mapping[str, torch.nn.Module], source: SourceBackend, bound: Bound, budgets: Budgets) -> Tiered:
+def over_checkpoint(
+    models: Mapping[str, torch.nn.Module], source: SourceBackend, bound: Bound, budgets: Budgets, holders: Iterable[object] = ()
+) -> Tiered:
     """Start a session whose last tier is `source`, which has the values of the tensors that `bound` says."""
     with closing_on_failure(source):
         check_model(models, bound.names)
         tiers = _tiers(budgets.device, budgets.gpu, budgets.cpu, source)
         values = present(source, bound.recipes, tiers[0])
     stored = {identity: values[name] for identity, name in bound.names.items()}
-    return Tiered(models, TieredStore(tiers, budgets.policy), budgets.device, stored)
+    return Tiered(models, TieredStore(tiers, budgets.policy), budgets.device, stored, holders=holders)
 
 
 @contextmanager
@@ -229,16 +239,6 @@ def _single(models: Mapping[str, torch.nn.Module]) -> torch.nn.Module:
     if len(models) != 1:
         raise ModelError(f"checkpoint= is for one model, and {len(models)} were given; load the others first")
     return next(iter(models.values()))
-
-
-def _named(model: Models) -> dict[str, torch.nn.Module]:
-    if isinstance(model, Mapping):
-        return dict(model)
-    if isinstance(model, torch.nn.Module):
-        return {"": model}
-    if isinstance(model, Sequence) and not isinstance(model, str):
-        return {str(i): part for i, part in enumerate(model)}
-    raise TierStoreError(f"expected a torch.nn.Module, or a list or dict of them, got {type(model).__name__}")
 
 
 def _tiers(device: torch.device, gpu: Size | None, cpu: Size | None, disk: Disk | None) -> list[Tier]:

@@ -206,10 +206,10 @@ class Attachment(StoreHost):
         new = {
             path: tensor
             for path, tensor in named_tensors({name: module})
-            if id(tensor) not in self._bound and not isinstance(tensor, Wrapper)
-        }
+            if id(tensor) not in self._bound and not isinstance(tensor, Wrapper) and not tensor.is_meta
+        }  # of what is on meta, as adapters are at first, each parameter is seen again when it is loaded
         if not self._ours(module):
-            check_model({name: module})
+            check_model({name: module}, [id(tensor) for _, tensor in named_tensors({name: module}) if tensor.is_meta])
         self._take(find_regions(new.items()), [module], iter)
 
     def _ours(self, module: torch.nn.Module) -> bool:
@@ -239,12 +239,9 @@ class Attachment(StoreHost):
 
     def tier_map(self) -> dict[str, str]:
         """Return for each tensor name the fastest tier that holds its value."""
-        places: dict[str, str] = {}
-        for region in self._regions:
-            for binding in region.bindings:
-                for name in binding.names:
-                    places[name] = self._place(region, binding.tensor)
-        return places
+        regions = {id(binding.tensor): region for region in self._regions for binding in region.bindings}
+        named = [(name, tensor) for name, tensor in named_tensors(self.roots) if id(tensor) in regions]
+        return {name: self._place(regions[id(tensor)], tensor) for name, tensor in named}
 
     def _place(self, region: Region, tensor: torch.Tensor) -> str:
         if region in self._held or not isinstance(tensor, Wrapper):

@@ -16,6 +16,7 @@ import functools
 import weakref
 from collections.abc import Sequence
 from operator import gt
+from typing import cast
 
 import torch
 
@@ -26,16 +27,32 @@ from tierstore.patch.swap import own_attributes
 from tierstore.patch.tensor import TieredTensor
 
 
+class Tie:
+    """Leads to a TieredTensor, which keeps it: torch swaps no tensor, as `module.to` asks it to, to which something refers weakly."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: TieredTensor) -> None:
+        self.tensor = tensor
+
+    @classmethod
+    def to(cls, tensor: TieredTensor) -> Tie:
+        if tensor._tie is None:
+            tensor._tie = cls(tensor)
+        return cast(Tie, tensor._tie)
+
+
 class ResidentParameter(torch.nn.Parameter):
     """A parameter over resident bytes. `.data`, whose writes leave no trace, leads to the TieredTensor instead."""
 
-    _tiered: weakref.ref[TieredTensor]
+    _tiered: weakref.ref[Tie]
     _keys: list[str]
 
     @property
     def tiered(self) -> TieredTensor | None:
         """The TieredTensor that this one stands for, as long as it exists."""
-        return self._tiered()
+        tie = self._tiered()
+        return None if tie is None else tie.tensor
 
     @property
     def data(self) -> torch.Tensor:
@@ -57,7 +74,7 @@ def resident_parameter(source: StoredSource, value: TieredTensor) -> ResidentPar
     """
     plain = _plain_over(source.read(), requires_grad=value.requires_grad)
     plain.__dict__.update(own_attributes(value))
-    plain._tiered, plain._keys = weakref.ref(value), source.keys
+    plain._tiered, plain._keys = weakref.ref(Tie.to(value)), source.keys
     return plain
 
 

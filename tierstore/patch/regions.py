@@ -12,6 +12,7 @@ from tierstore.patch.ops import Geometry
 from tierstore.patch.wrapper import Wrapper
 from tierstore.spec import TensorSpec, storable, typed_view
 
+_MOVING = ("offload", "unknown")  # in the names of hooks
 _ALIGNMENT = 16  # bytes; the largest element size, so that every view of a region starts at a whole element
 
 
@@ -98,15 +99,29 @@ def _check_module(path: str, module: torch.nn.Module) -> None:
         raise ModelError(f"{path!r} is a TorchScript module, whose weights are read from C++; pass the original module")
     if hasattr(module, "_hf_hook"):
         raise ModelError(
-            f"{path!r} carries accelerate's hooks; remove them first: accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            f"{path!r} carries accelerate's hooks; remove them first: pipe.remove_all_hooks() for a pipeline of diffusers, "
+            "else accelerate.hooks.remove_hook_from_module(model, recurse=True)"
         )
-    if hasattr(module, "_diffusers_hook"):
-        raise ModelError(f"{path!r} carries diffusers' hooks; load the pipeline without offloading")
+    moving = _hooks_that_move_weights(module)
+    if moving:
+        raise ModelError(
+            f"{path!r} carries diffusers' hooks {moving}, which move its weights themselves; load the pipeline without offloading"
+        )
     for table in (module._parameters, module._buffers):
         if not type(table).__module__.startswith(("builtins", "collections", "tierstore.")):
             raise ModelError(
                 f"the parameters of {path!r} are managed by {type(table).__module__}.{type(table).__name__}; remove that first"
             )
+
+
+def _hooks_that_move_weights(module: torch.nn.Module) -> list[str]:
+    """Return the names of diffusers' hooks on `module` that keep its weights elsewhere; others, such as caches, may stay.
+
+    A model that ran once may carry a register of hooks without any.
+    """
+    register = getattr(module, "_diffusers_hook", None)
+    names = [] if register is None else list(getattr(register, "hooks", ["of an unknown kind"]))
+    return [name for name in names if not isinstance(name, str) or any(word in name for word in _MOVING)]
 
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:

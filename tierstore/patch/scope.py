@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import is_grad_enabled
 
+from tierstore.errors import ModelError
 from tierstore.patch.buffers import BufferCopies, ScopedBuffers, copied_for_calls
 from tierstore.patch.handout import ReadableParameter, ResidentParameter, resident_parameter
 from tierstore.patch.lookup import may_be_looked_up
@@ -225,6 +226,8 @@ class ScopedParameters(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         behind = value.tiered if isinstance(value, ResidentParameter) else None
+        if isinstance(value, torch.Tensor) and value.is_meta and _has_bytes(self.get(name)):
+            raise ModelError(f"{name!r} is under tiered() and cannot be emptied: turn off what offloads weights itself inside the `with`")
         dict.__setitem__(self, name, value if behind is None else behind)
 
     def __reduce__(self) -> Any:
@@ -232,6 +235,10 @@ class ScopedParameters(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         return copy.deepcopy(dict(self.items()), memo)
+
+
+def _has_bytes(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_meta
 
 
 def install_scope(module: torch.nn.Module, room: Room) -> None:

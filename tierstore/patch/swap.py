@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 _HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-_OURS = ("_source", "_whole", "_is_param", "_kept", "_copied", "_tiered", "_keys", "_image")
+_OURS = ("_source", "_whole", "_is_param", "_kept", "_tie", "_copied", "_tiered", "_keys", "_image")
 
 
 def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:

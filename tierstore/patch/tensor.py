@@ -33,6 +33,13 @@ class TieredTensor(Wrapper):
     stands_for: ClassVar[type[torch.Tensor]] = torch.nn.Parameter
     _copied = False  # a small buffer, of which each call of its module has a plain copy
     _kept: Any = None  # the plain tensor that stays for readers without a lease
+    _tie: Any = None  # by which plain tensors know this one
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        raise UnsupportedTensorError(
+            "a TieredTensor is only made by tiered(); turn off what replaces weights itself, such as "
+            "pipe.enable_sequential_cpu_offload() or accelerate's cpu_offload, inside the `with`"
+        )
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -134,12 +134,18 @@ class Lane(Foresight):
             return
         sizes = schedule.sizes
         streaming = sum(sizes[key] for key in self._ahead if key in self._present and self._streams(key))
+        room = schedule.plan.ring_bytes[self._level] - streaming + self._missing_bytes(schedule.plan)
         for key in self._online.victims():
-            if streaming >= schedule.plan.ring_bytes[self._level]:  # the rest of the tier is not for streaming
+            if room <= 0:  # the rest of the tier is not for the plan
                 return
             if key not in self._ahead:
-                streaming += sizes[key]
+                room -= sizes[key]
                 yield key
+
+    def _missing_bytes(self, plan: Plan) -> int:
+        """Return the bytes that are kept here by plan and are not here: of a model, say, that others before it left no room for."""
+        sizes = self._schedule.sizes
+        return sum(sizes[key] for key, level in plan.rest.items() if level == self._level and key not in self._present)
 
     def wanted(self) -> str | None:
         schedule = self._schedule
