@@ -21,7 +21,7 @@ LAYERS = (
     {"store"},
     {"report"},
     {"patch"},
-    {"session", "training", "checkpoint", "pretrained"},
+    {"session", "training", "checkpoint", "pretrained", "compat"},
     {"demo", "cli", "__main__", "testing"},
 )
 

@@ -69,4 +69,6 @@ def refuse_attached(roots: Mapping[str, torch.nn.Module]) -> None:
     for prefix, root in roots.items():
         for path, module in root.named_modules(prefix=prefix):
             if is_watched(module):
-                raise ModelError(f"{path or type(module).__name__!r} is already under tiered(); leave that `with` first")
+                raise ModelError(
+                    f"{path or type(module).__name__!r} is already under tiered(); leave that `with`, or close its session, first"
+                )
