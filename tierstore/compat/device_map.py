@@ -12,7 +12,7 @@ from tierstore.errors import ModelError
 from tierstore.patch.regions import find_regions, named_tensors
 
 DeviceMap = Mapping[str, Name]
-_AT_ONCE = 4  # as many of the largest layers may be in the fast tier while the others wait; one computes, the next one comes
+_AT_ONCE = 4  # as many of the largest layers may be in the fast tier where it is not known how much there is
 _SHOWN = 20  # names in a message
 
 
@@ -49,12 +49,16 @@ class Sizes:
         self.buffers = sum(self.nbytes.get(name, 0) for name, _ in model.named_buffers())
 
     def passing(self, *, offload_buffers: bool) -> int:
-        """Return the bytes of the fast tier through which what is not resident passes: a few of the largest layers.
+        """Return the bytes of the place that computes through which what is not resident passes: two of the largest layers.
 
-        Not more than half of the model unless two layers need it; and, if they are not to be offloaded, room for buffers.
+        One computes while the next one comes. And, if they are not to be offloaded, room for buffers.
         """
-        largest = min(_AT_ONCE * self.largest, max(2 * self.largest, self.total // 2))
-        return min(self.total, largest + (0 if offload_buffers else self.buffers))
+        return min(self.total, 2 * self.largest + (0 if offload_buffers else self.buffers))
+
+    def generous(self, *, offload_buffers: bool) -> int:
+        """Return the same where nobody says how much: four of the largest layers, if that is not more than half of the model."""
+        more = min(_AT_ONCE * self.largest, self.total // 2) + (0 if offload_buffers else self.buffers)
+        return max(self.passing(offload_buffers=offload_buffers), min(more, self.total))
 
 
 def memory_of(model: torch.nn.Module) -> int:
@@ -156,6 +160,13 @@ def rooms_for(sizes: Sizes, memory: Mapping[Name, int], *, offload_buffers: bool
     if first in memory and sizes.total > memory[first]:
         rooms[first] = max(memory[first] - sizes.passing(offload_buffers=offload_buffers), 0)
     return {**rooms, DISK: None}
+
+
+def fill_in_order(
+    model: torch.nn.Module, sizes: Sizes, memory: Mapping[Name, int], *, offload_buffers: bool, merge: bool = True
+) -> dict[str, Name]:
+    """Return a device map for `memory`, the bytes of each place by its name; what has no room anywhere goes to the disk."""
+    return Filling(sizes, rooms_for(sizes, memory, offload_buffers=offload_buffers), merge=merge).fill("", model)
 
 
 def _list(names: list[str]) -> str:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from tierstore.checkpoint.source import open_source
-from tierstore.compat.device_map import Casts, DeviceMap, Sizes, bytes_by_place, check_device_map, ram_for
+from tierstore.compat.device_map import Casts, DeviceMap, Sizes, bytes_by_place, check_device_map, fill_in_order, ram_for
 from tierstore.compat.hooks import Dispatch, align
-from tierstore.compat.inferring import dtype_of, infer_auto_device_map
+from tierstore.compat.inferring import dtype_of
 from tierstore.compat.places import CPU, DISK, Name, Place, device_of, place_of, read_max_memory, the_accelerator
 from tierstore.compat.values import take_values
 from tierstore.devices import compute_device
@@ -49,7 +49,7 @@ def dispatch_model(
 
     `device_map` maps names of modules or tensors ("" is all) to an accelerator, "cpu" or "disk". What counts is how many
     bytes each of them gets: these are the budgets, and which weights are where within them follows from use. The place that
-    computes gets room beside for what passes through (see `cpu_offload`), and RAM, if nothing is on disk, as much as
+    computes gets room beside for what passes through, two of the largest layers, and RAM, if nothing is on disk, as much as
     is available. `model.hf_device_map` is the map as it was given; `model.tiered.tier_map` says where each tensor is now.
 
     `main_device`: where to compute; by default the accelerator in the map, else the CPU. With `main_device="cpu"`, what the map
@@ -107,7 +107,7 @@ def load_checkpoint_and_dispatch(
     `checkpoint`: a directory, a file of weights or the index of shards, as for `tiered(checkpoint=...)`; `dtype` casts on the way
     up. `device_map`: None loads the weights and starts no session; a map as for `dispatch_model`; or "auto", "balanced",
     "balanced_low_0" or "sequential", which with one accelerator all mean that `max_memory` gives the budgets (by default what
-    is free) and `infer_auto_device_map` the map to show in `model.hf_device_map`. What is written to weights goes to
+    is free), and `model.hf_device_map` is what `infer_auto_device_map` returns. What is written to weights goes to
     `offload_folder`, or beside the checkpoint, and vanishes with the session. `main_device`, `skip_keys`: as for
     `dispatch_model`; there is a session for every `device_map`.
 
@@ -133,7 +133,7 @@ def load_checkpoint_and_dispatch(
         memory = read_max_memory(max_memory)
         device = _main_device(map(place_of, memory), main_device)
         room = room_by_memory(sizes, memory, device)
-        shown = infer_auto_device_map(model, memory, dtype=kind, offload_buffers=offload_buffers)
+        shown = fill_in_order(model, sizes, memory, offload_buffers=offload_buffers)
     else:
         places = check_device_map(model, device_map)
         device = _main_device(places.values(), main_device)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from tierstore.compat.device_map import Casts, Filling, Sizes, rooms_for
+from tierstore.compat.device_map import Casts, Sizes, fill_in_order
 from tierstore.compat.places import Name, read_max_memory
 from tierstore.errors import UnsupportedTensorError
 from tierstore.sizes import Size, format_size
@@ -32,7 +32,7 @@ def infer_auto_device_map(
     """Return a map of module names to the places that `max_memory` names, filled in the order of the modules, then "disk".
 
     `max_memory`: bytes or sizes such as `{0: "8GiB", "cpu": "32GiB"}`; by default what is free. One accelerator at most. Where
-    not everything fits on the first place, room is kept there for what passes through (see `cpu_offload`). `dtype`, and
+    not everything fits on the first place, room is kept there for what passes through, two of the largest layers. `dtype`, and
     `special_dtypes` by tensor names, say what weights are cast to on loading. The model may be on the meta device. Tied tensors
     count once. With `clean_result`, modules whose parts are all in one place stand for them; `verbose` logs what each place gets.
 
@@ -41,16 +41,15 @@ def infer_auto_device_map(
     """
     memory = read_max_memory(max_memory)
     sizes = Sizes(model, Casts(dtype_of(dtype), {name: _checked(kind) for name, kind in (special_dtypes or {}).items()}))
-    rooms = rooms_for(sizes, memory, offload_buffers=offload_buffers)
-    first = next(iter(rooms))
-    if rooms[first] == 0 and sizes.total > 0:
-        passing = format_size(sizes.passing(offload_buffers=True))
+    first = next(iter(memory))
+    passing = sizes.passing(offload_buffers=True)
+    if min(passing, sizes.total - 1) >= memory[first]:
         warnings.warn(
-            f"no module stays in the {format_size(memory[first])} of {first!r}: the largest layers, which pass through it, take up to "
-            f"{passing}; give it more, or dispatch_model will take that much",
+            f"nothing stays in the {format_size(memory[first])} of {first!r}: the largest layers, which pass through it, take up to "
+            f"{format_size(passing)}; give it more, or dispatch_model will take that much",
             stacklevel=2,
         )
-    found = Filling(sizes, rooms, merge=clean_result).fill("", model)
+    found = fill_in_order(model, sizes, memory, offload_buffers=offload_buffers, merge=clean_result)
     if verbose:
         for name, place in found.items():
             _log.info("%s goes to %s", name or type(model).__name__, place)

@@ -62,7 +62,7 @@ def _offload(
     check_modules({"": model})
     refuse_attached({"": model})
     device = compute_device(_first_device(model) if execution_device is None else device_of(execution_device))
-    passing = Sizes(model, Casts()).passing(offload_buffers=offload_buffers)
+    passing = Sizes(model, Casts()).generous(offload_buffers=offload_buffers)
     take_values(model, state_dict or {})
     ram = ram_for(model) if offload_dir is None else None
     session = tiered(model, gpu=passing, cpu=ram, disk=offload_dir, device=device)
