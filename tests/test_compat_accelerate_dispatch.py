@@ -276,6 +276,8 @@ def test_a_checkpoint_has_to_stay(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(CorruptionError, match="the file is missing"):
         model(X)
+    del model
+    gc.collect()  # the frames of the error, and then the session
 
 
 def test_bad_requests(tmp_path: Path) -> None:
