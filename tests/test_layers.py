@@ -21,7 +21,7 @@ LAYERS = (
     {"store"},
     {"report"},
     {"patch"},
-    {"parts", "session", "training", "checkpoint", "pretrained", "outlook"},
+    {"parts", "session", "training", "checkpoint", "pretrained", "outlook", "compat"},
     {"commands", "__main__", "testing"},
 )
 

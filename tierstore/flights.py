@@ -45,7 +45,7 @@ class Flights(Residency):
         self._flights = [0] * len(self.tiers)  # whose value cannot be used yet
         self._flying = [0] * len(self.tiers)  # bytes
         self._ending = 0  # copies whose value can be used before they have ended
-        self._failed: dict[str, BaseException] = {}  # by key; not tried ahead of use again: who needs the value meets it
+        self._failed: set[str] = set()  # keys not tried ahead of use again: who needs the value meets the error
         self._pumping = False
         above_home = enumerate(self.tiers[: self.home])
         self._foresights = [(level, tier.policy) for level, tier in above_home if isinstance(tier.policy, Foresight)]
@@ -121,12 +121,12 @@ class Flights(Residency):
         self.placed(entry, flight.target)
         if flight.target < flight.source < len(self.tiers) - 1:
             self.tiers[flight.source].policy.access(entry.key)
-        self._failed.pop(entry.key, None)
+        self._failed.discard(entry.key)
 
     def _undo(self, flight: Flight, tier: Tier, error: BaseException | None) -> None:
         """Account for a copy that failed, or of a value that was written to meanwhile."""
         if error is not None:
-            self._failed[flight.entry.key] = error
+            self._failed.add(flight.entry.key)
             tier.ledger.release(flight.entry.nbytes)
             if flight.outdated is not None:
                 tier.stale[flight.entry.key] = flight.outdated
@@ -224,7 +224,7 @@ class Flights(Residency):
             try:
                 if not self.evict(entry, level):
                     return False
-            except Exception as error:  # noqa: BLE001  (this is ahead of use: who truly needs the room meets the error)
-                self._failed[entry.key] = error
+            except Exception:  # noqa: BLE001  (this is ahead of use: who truly needs the room meets the error)
+                self._failed.add(entry.key)
                 return False
         return tier.ledger.reserve(nbytes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from tierstore.patch.swap import replace_content
 from tierstore.planning.names import policy_factory
 from tierstore.planning.policy import PolicyFactory
 from tierstore.recipe import Recipe
-from tierstore.session import Budgets, Disk, closing_on_failure, over_checkpoint
+from tierstore.session import Budgets, Disk, close_when_unused, closing_on_failure, over_checkpoint
 from tierstore.sizes import Size
 
 _OURS = ("device_map", "max_memory", "offload_folder", "state_dict", "gguf_file", "output_loading_info", "ignore_mismatched_sizes")
@@ -67,7 +66,7 @@ def from_pretrained(
         model = unread_model(library, auto_class, folder, source, dtype=dtype, strict=strict, **options)
         bound = bind_itself(model)
     session = over_checkpoint({"": model}, source, bound, budgets)
-    weakref.finalize(session.lifetime, session.store.close, flush=False)  # nobody has to close it for its files to go
+    close_when_unused(session)
     model.tiered = session
     return model
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +21,9 @@ from tierstore.checkpoint.dividing import present
 from tierstore.checkpoint.source import open_source
 from tierstore.errors import ModelError, TierStoreError
 from tierstore.parts import KeptDevices, find_parts
-from tierstore.patch.attach import Attachment, refuse_attached
+from tierstore.patch.attach import Attachment
 from tierstore.patch.regions import Region, StoredValue, check_model, check_modules
+from tierstore.patch.watch import refuse_attached
 from tierstore.planning.names import policy_factory
 from tierstore.planning.policy import PolicyFactory
 from tierstore.registry import backend_class, open_url
@@ -196,6 +199,19 @@ class Tiered:
 
     def __repr__(self) -> str:
         return f"Tiered({', '.join(f'{t.name}={_shown(t.ledger.budget)}' for t in self.store.tiers)}, device={str(self.device)!r})"
+
+
+def close_when_unused(session: Tiered) -> None:
+    """Close the store of a session that nobody has to close, once its models are gone; or when the process ends."""
+    weakref.finalize(session.lifetime, _close, session.store)
+
+
+def _close(store: TieredStore) -> None:
+    """Close `store` from a finaliser, which may run in any thread: one of the store's own cannot wait for the others."""
+    if threading.current_thread() is threading.main_thread():
+        store.close(flush=False)
+    else:
+        threading.Thread(target=store.close, kwargs={"flush": False}).start()
 
 
 def _shown(budget: int | None) -> str:

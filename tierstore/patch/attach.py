@@ -7,15 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
 import torch
-from torch.nn.modules.module import (
-    _global_module_registration_hooks,
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
 from torch.utils.hooks import RemovableHandle
 
 from tierstore.entry import Entry
-from tierstore.errors import BudgetError, ModelError, TierStoreError
+from tierstore.errors import BudgetError, TierStoreError
 from tierstore.patch.handout import ResidentParameter
 from tierstore.patch.host import StoreHost
 from tierstore.patch.prestored import find_stored, load_and_hold, note_writes
@@ -27,6 +22,7 @@ from tierstore.patch.source import typed_part
 from tierstore.patch.stored import EntrySource, StoredSource
 from tierstore.patch.swap import replace_content
 from tierstore.patch.tensor import tiered_class
+from tierstore.patch.watch import watch
 from tierstore.patch.wrapper import Wrapper
 from tierstore.spec import raw_bytes, typed_view
 from tierstore.store import TieredStore
@@ -37,18 +33,6 @@ SHARE_OF_SMALL = 16  # the part is one of so many
 _FAILURES = (TierStoreError, OSError, RuntimeError, MemoryError)  # of bringing one weight back; the others come back all the same
 
 Progress = Callable[[Iterable[Region]], Iterable[Region]]
-
-
-def refuse_attached(roots: Mapping[str, torch.nn.Module]) -> None:
-    """Raise `ModelError` for a module that a running session has, also where it holds all tensors plain.
-
-    Running sessions are found by the hooks that they registered with torch.
-    """
-    owners = [getattr(hook, "__self__", None) for hook in _global_module_registration_hooks.values()]
-    for prefix, root in roots.items():
-        for path, module in root.named_modules(prefix=prefix):
-            if any(isinstance(owner, Attachment) and owner.has(module) for owner in owners):
-                raise ModelError(f"{path or type(module).__name__!r} is already under tiered(); leave that `with` first")
 
 
 class Attachment(StoreHost):
@@ -86,10 +70,7 @@ class Attachment(StoreHost):
         except BaseException:
             self.detach()
             raise
-        self._handles = [
-            register_module_module_registration_hook(self._module_added),
-            register_module_parameter_registration_hook(cast(Callable[..., None], self._parameter_added)),  # it may return a tensor
-        ]
+        self._handles = watch(self)
         self.pressure.begin()
 
     def _take(self, regions: list[Region], modules: Iterable[torch.nn.Module], progress: Progress) -> None:
@@ -199,7 +180,7 @@ class Attachment(StoreHost):
 
     # -- while attached -----------------------------------------------------------------------------------------
 
-    def _module_added(self, parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
+    def module_added(self, parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
         """A module was put into one of ours: take its tensors too."""
         if module is None or parent not in self._modules or all(part in self._modules for part in module.modules()):
             return
@@ -215,7 +196,7 @@ class Attachment(StoreHost):
     def _ours(self, module: torch.nn.Module) -> bool:
         return any(isinstance(tensor, Wrapper) for _, tensor in named_tensors({"": module}))
 
-    def _parameter_added(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
+    def parameter_added(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
         """A parameter was set on one of our modules: take it too; the TieredTensor itself where its plain stand-in was set."""
         tied = parameter.tiered if isinstance(parameter, ResidentParameter) else None
         if tied is not None:

@@ -80,7 +80,7 @@ def _changes_place(wrapper: Wrapper, kwargs: Kwargs) -> bool:
     if moves and _inside_module_apply():
         raise ModelError(
             f"the model is tiered: its weights compute on {wrapper.device} and cannot be moved to {device} as a whole; "
-            f"leave the `with` first, or give tiered(..., device={str(device)!r})"
+            f"leave the `with` or close the session first, or give tiered(..., device={str(device)!r})"
         )
     return moves or layout not in (None, torch.strided) or bool(kwargs.get("pin_memory"))
 

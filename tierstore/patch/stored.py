@@ -23,7 +23,7 @@ class StoredSource(Source):
         self._host = host
         self._name = name
         self.stored = stored
-        weakref.finalize(self, host.forget, [entry.key for entry in stored]).atexit = False
+        weakref.finalize(self, _forget, weakref.ref(host), [entry.key for entry in stored]).atexit = False
 
     @property
     def host(self) -> Host:
@@ -123,3 +123,10 @@ class Whole:
 
     def references(self) -> tuple[int, ...]:
         return references(self.tensor)
+
+
+def _forget(host: weakref.ref[Host], keys: list[str]) -> None:
+    """Tell the session, unless that went with its last source; a strong reference would keep it, and the model, for good."""
+    session = host()
+    if session is not None:
+        session.forget(keys)
