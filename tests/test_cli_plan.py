@@ -33,7 +33,6 @@ MIXTRAL = MixtralConfig(**{**SIZES, "num_hidden_layers": 3}, num_key_value_heads
 GPT2 = GPT2Config(n_embd=256, n_layer=4, n_head=4, vocab_size=300, n_positions=32)
 TOKEN = torch.tensor([[5]])
 GIVEN = ("--disk-bandwidth", "1GB", "--json")
-TOLERANCE = 0.15  # of the bytes a pass moves: one weight of such a small model is a tenth; a mixture moves up to 12 % less than planned
 
 
 @pytest.fixture(autouse=True)
@@ -101,19 +100,24 @@ def moved(place: Path, **options: Any) -> tuple[int, int]:
     return into, sum(nbytes for name, nbytes in each.items() if name.startswith("disk->"))
 
 
+def as_planned(moved: int, planned: int) -> bool:
+    """How long each part computed decides where a run keeps what; one weight of so small a model is a tenth or more of what it moves."""
+    return 0.75 * planned <= moved <= 1.25 * planned
+
+
 @pytest.mark.parametrize(
-    ("config", "share", "tolerance"),
-    [(LLAMA, 0.35, 0.15), (LLAMA, 0.7, 0.15), (TIED, 0.35, 0.15), (MIXTRAL, 0.35, 0.25), (GPT2, 0.7, 0.15)],
+    ("config", "share"),
+    [(LLAMA, 0.35), (LLAMA, 0.7), (TIED, 0.35), (MIXTRAL, 0.35), (GPT2, 0.7)],
     ids=["llama, a third", "llama, more", "tied", "mixtral, whose experts are fused", "gpt2"],
 )  # fmt: skip
-def test_a_run_moves_what_the_plan_says(folder: Path, config: Any, share: float, tolerance: float, capsys: Any) -> None:
+def test_a_run_moves_what_the_plan_says(folder: Path, config: Any, share: float, capsys: Any) -> None:
     place = save(folder, config)
     before = contents(place)
     cpu = int(sum(bytes_in_files(place).values()) * share)
     link = plan(capsys, place, "--cpu", str(cpu))["plan"]["links"]["disk->cpu"]
     into, read = moved(place, cpu=cpu)
     assert into == read > 0
-    assert link["nbytes"] == pytest.approx(into, rel=tolerance)
+    assert as_planned(into, link["nbytes"])
     assert contents(place) == before
 
 
@@ -123,8 +127,8 @@ def test_a_run_over_three_tiers_moves_what_the_plan_says(folder: Path, capsys: p
     gpu, cpu = total // 4, total // 3
     made = plan(capsys, place, "--gpu", str(gpu), "--cpu", str(cpu), "--device", "cpu")["plan"]
     into, read = moved(place, gpu=gpu, cpu=cpu)
-    assert made["links"]["cpu->gpu"]["nbytes"] == pytest.approx(into, rel=TOLERANCE)
-    assert made["links"]["disk->cpu"]["nbytes"] == pytest.approx(read, rel=TOLERANCE)
+    assert as_planned(into, made["links"]["cpu->gpu"]["nbytes"])
+    assert as_planned(read, made["links"]["disk->cpu"]["nbytes"])
     assert read < into
 
 
@@ -136,7 +140,7 @@ def test_a_cast_reads_other_bytes_than_it_keeps(folder: Path, capsys: pytest.Cap
     link = narrow["plan"]["links"]["disk->cpu"]
     assert link["file_bytes"] == 2 * link["nbytes"]
     assert link["seconds"] == link["file_bytes"] / 1e9
-    assert link["nbytes"] == pytest.approx(moved(place, cpu="4MB", dtype=torch.bfloat16)[0], rel=TOLERANCE)
+    assert as_planned(moved(place, cpu="4MB", dtype=torch.bfloat16)[0], link["nbytes"])
 
 
 def test_numbers_against_files_and_what_no_schedule_can_go_below(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -362,4 +366,4 @@ def test_less_memory_is_not_taken_for_more(monkeypatch: pytest.MonkeyPatch, fold
     monkeypatch.setattr(forecasts, "plan", planted)
     cpu = sum(bytes_in_files(place).values()) // 2
     link = plan(capsys, place, "--cpu", str(cpu))["plan"]["links"]["disk->cpu"]
-    assert link["nbytes"] != pytest.approx(moved(place, cpu=cpu)[0], rel=TOLERANCE)
+    assert not as_planned(moved(place, cpu=cpu)[0], link["nbytes"])

@@ -191,7 +191,7 @@ def test_lora_inside_the_with(name: str, adapter: Path, scratch: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda pipe: pipe.to("meta"), "cannot be moved to meta as a whole; leave the `with` first"),
+        (lambda pipe: pipe.to("meta"), "cannot be moved to meta as a whole; leave the `with` or close"),
         (lambda pipe: pipe.enable_sequential_cpu_offload(device="cpu"), "turn off what .* inside the `with`"),
     ],
     ids=["another device", "sequential offload"],

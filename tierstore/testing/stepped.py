@@ -176,11 +176,11 @@ class Watch:
             self._use(list(entries), "is leased for a lookup")
         return leased
 
-    def _release(self, entries: Iterable[Entry], owner: int | None = None) -> None:
+    def _release(self, entries: Iterable[Entry], owner: int | None = None, *, passing: bool = False) -> None:
         wanted = list(entries)
         if not getattr(self._here, "inside", False):
             self._use(wanted, "was leased till now")
-        self._real["release"](wanted, owner)
+        self._real["release"](wanted, owner, passing=passing)
 
     def _outdate(self, entry: Entry) -> None:
         self._use([entry], "is changed", writes=True)
