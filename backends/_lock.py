@@ -5,16 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import TypeGuard
-
-import torch
+from typing import Any, TypeGuard
 
 from tierstore.errors import BackendError, CorruptionError
-from tierstore.spec import TensorSpec
+from tierstore.spec import TensorSpec, dtype_named
 
 TEMPORARY = ".tmp-"
 """Prefix of everything unfinished; what bears it at opening is the remainder of a crash."""
@@ -88,9 +86,17 @@ def check_format(root: Path, found: object, *, name: str, version: int) -> None:
 def read_json(file: Path) -> object:
     """Return what the JSON `file` says, or None if it is not JSON."""
     try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        return parse_json(file.read_bytes())
+    except ValueError:
         return None
+
+
+def parse_json(text: bytes | str, pairs: Callable[[list[tuple[str, object]]], object] | None = None) -> Any:
+    """Return what `text` from anywhere says, objects as `pairs` makes them; raise `ValueError` if it is no JSON, or nested too deep."""
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def sync_path(path: Path) -> None:
@@ -120,15 +126,10 @@ def key_from(fields: Mapping[str, object], name: str) -> str:
     raise ValueError("it names no key")
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return "float32" for `torch.float32`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def spec_from(dtype: object, shape: object, stride: object) -> TensorSpec:
     """Return the spec that a dtype name and two JSON lists describe; raise `ValueError` if they describe none."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
-    if not isinstance(found, torch.dtype):
+    found = dtype_named(dtype) if isinstance(dtype, str) else None
+    if found is None:
         raise ValueError(f"unknown dtype {dtype!r}")
     if not (_is_sizes(shape) and _is_sizes(stride) and len(shape) == len(stride)):
         raise ValueError("shape and stride do not describe a tensor")

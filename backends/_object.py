@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
-from tierstore.backends._lock import dtype_name, key_fields, key_from, spec_from
+from tierstore.backends._lock import key_fields, key_from, parse_json, spec_from
 from tierstore.errors import BackendError
-from tierstore.spec import TensorSpec
+from tierstore.spec import TensorSpec, dtype_name
 
 FORMAT_NAME, FORMAT_VERSION = "tierstore-remote", 1
 SUFFIX = ".safetensors"
@@ -72,7 +72,7 @@ class StoredObject:
         shape, stride, generation, checksum = (fields.get(name) for name in ("shape", "stride", "generation", "xxh3"))
         if not (isinstance(shape, str) and isinstance(stride, str) and isinstance(generation, str) and isinstance(checksum, str)):
             raise ValueError("it does not describe a value")
-        spec = spec_from(fields.get("dtype"), json.loads(shape), json.loads(stride))
+        spec = spec_from(fields.get("dtype"), parse_json(shape), parse_json(stride))
         return cls(key_from(fields, "key"), spec, int(generation), checksum)
 
     def _metadata(self) -> dict[str, str]:
@@ -102,9 +102,9 @@ def head_size(start: bytes) -> int:
 def read_head(head: bytes) -> StoredObject:
     """Return what the head of an object describes; raise `ValueError` unless all of it agrees."""
     try:
-        header = json.loads(head[8:])
+        header = parse_json(head[8:])
         found = StoredObject.from_fields(header["__metadata__"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its header describes no value ({error})") from error
     if found.head() != head:
         raise ValueError("its header has been changed, or is of another version")
@@ -120,10 +120,7 @@ def write_index(values: Iterable[StoredObject]) -> bytes:
 
 def read_index(text: bytes) -> list[StoredObject]:
     """Return what an index describes; raise `BackendError` if it is not one of this version, `ValueError` if it is damaged."""
-    try:
-        index = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
+    index = parse_json(text)
     if not isinstance(index, dict) or index.get("format") != FORMAT_NAME:
         raise BackendError(f"belongs to something else than {FORMAT_NAME}; choose another place")
     if index.get("version") != FORMAT_VERSION:

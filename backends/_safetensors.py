@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tierstore.backends._disk.blob import MAX_HEADER, SAFETENSORS_NAMES
+from tierstore.backends._lock import parse_json
 from tierstore.backends._pinned_file import Identity, identity_of
 from tierstore.errors import CheckpointError, CorruptionError
 from tierstore.spec import TensorSpec
@@ -40,8 +40,8 @@ def read_header(file: Path) -> dict[str, Located]:
     """
     text, identity = _header_text(file)
     try:
-        header = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(text, _without_duplicates)
+    except ValueError as error:
         raise CorruptionError("", str(file), f"its header is not JSON: {error}") from None
     if not isinstance(header, dict) or len(header) > _MOST_TENSORS:
         raise CorruptionError("", str(file), "its header is not an object of tensors")

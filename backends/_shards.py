@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from tierstore.backends._lock import parse_json
 from tierstore.backends._pickled import read_pickled
 from tierstore.backends._safetensors import Located, read_header
 from tierstore.errors import CheckpointError, CorruptionError
@@ -79,8 +79,8 @@ def _indexed(index: Path) -> dict[str, Located]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        weight_map = parse_json(index.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
         raise CorruptionError("", str(index), f"it is no index of shards: {error!r}") from None
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(name, str) for name in weight_map.values())):
         raise CorruptionError("", str(index), "its weight_map does not map tensors to files")

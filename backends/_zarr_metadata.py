@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tierstore.backends._lock import dtype_name, key_fields, key_from, read_json, spec_from
+from tierstore.backends._lock import key_fields, key_from, read_json, spec_from
 from tierstore.errors import CorruptionError
-from tierstore.spec import TensorSpec
+from tierstore.spec import TensorSpec, dtype_name
 
 if TYPE_CHECKING:  # a name of some zarr releases only
     from zarr.core.common import JSON

@@ -25,10 +25,10 @@ import xxhash
 
 from tierstore.backend import Backend, DistantBackend, MemoryBackend, ReadingBackend, ReadOnlyBackend, SizingBackend, VolatileBackend
 from tierstore.backends._codecs import WORTH, Bytes, Codec, codec_named
-from tierstore.backends._lock import dtype_name, spec_from
+from tierstore.backends._lock import spec_from
 from tierstore.backends._parallel import Parallel
 from tierstore.errors import BackendError, CorruptionError, TierStoreError
-from tierstore.spec import TensorSpec, raw_bytes, typed_view
+from tierstore.spec import TensorSpec, dtype_name, raw_bytes, typed_view
 
 RAW = "raw"
 BLOCK = 4 << 20  # bytes; a multiple of every element's size

@@ -126,7 +126,7 @@ class _RemoteValues(DistantBackend):
             found = read_index(text)
         except BackendError as error:
             raise BackendError(f"{place} {error}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise CorruptionError("?", place, f"{error}; without this file the values are found by listing them") from error
         self._objects = {stored.key: (stored, len(stored.head())) for stored in found}
         return True

@@ -24,6 +24,12 @@ def largest(model: torch.nn.Module) -> int:
     return max(sum(t.nbytes for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))) for m in model.modules())
 
 
+def anonymous_bytes() -> int:
+    """Bytes of this process's memory that are no pages of files."""
+    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(rows["RssAnon"].split()[0]) * 1024
+
+
 def under_pressure(model: torch.nn.Module, disk: Path, share: float = 1 / 3) -> Tiered:
     """A third of the bytes in the fast tier (or what one module needs), a third in the next, the rest on disk."""
     total = nbytes(model)

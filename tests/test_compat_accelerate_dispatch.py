@@ -29,7 +29,7 @@ from tierstore.compat.accelerate import (
     remove_hook_from_module,
 )
 from tierstore.compat.device_map import Casts, Sizes, bytes_by_place, check_device_map
-from tierstore.compat.places import available_ram
+from tierstore.machine.limits import available_ram
 
 LAYER = (WIDTH + 1) * WIDTH * 4  # bytes of one linear layer
 TOTAL = nbytes(make())

@@ -260,10 +260,10 @@ def test_small_tensors_of_a_mapped_model_lie_in_memory_and_not_in_a_file(scratch
 def file_at(address: int) -> str:
     """Return the path of the file that is mapped at an address of this process, "" if none is."""
     for line in Path("/proc/self/maps").read_text().splitlines():
-        span, *_, path = line.split(maxsplit=5) if len(line.split(maxsplit=5)) == 6 else (*line.split(), "")
+        span, *rest = line.split(maxsplit=5)
         start, stop = (int(end, 16) for end in span.split("-"))
         if start <= address < stop:
-            return str(path)
+            return rest[4] if len(rest) == 5 else ""
     return ""
 
 

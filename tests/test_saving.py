@@ -14,6 +14,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from tests.checkpoints import IDS, Small, Wide, equal, nbytes, plain_model, within_budget, write_single
+from tests.plainly import anonymous_bytes
 from tierstore import Tiered, on_meta, tiered
 from tierstore.backends._spans import UNIT
 from tierstore.backends.ram import RamBackend
@@ -154,14 +155,8 @@ def test_saving_takes_little_memory(tmp_path: Path) -> None:
     with on_meta():
         model = Wide()
     with tiered(model, checkpoint=folder, cpu="9MiB"):
-        before = _anonymous()
+        before = anonymous_bytes()
         torch.save(model.state_dict(), tmp_path / "x.pt")
         save_file(model.state_dict(), tmp_path / "x.safetensors")
-        grown = _anonymous() - before
+        grown = anonymous_bytes() - before
     assert grown < nbytes(plain) // 2, f"{grown} bytes"
-
-
-def _anonymous() -> int:
-    """Bytes of this process's memory that are no pages of files."""
-    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(rows["RssAnon"].split()[0]) * 1024

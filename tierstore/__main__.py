@@ -7,9 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from tierstore.commands import demo, doctor, generate, inspect, maintain, plan
+from tierstore.commands.showing import remarks
 from tierstore.errors import TierStoreError
 
 _EPILOG = """\
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (TierStoreError, OSError) as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"tierstore: {error}", markup=False)
+        remarks().print(f"tierstore: {error}", markup=False)
         return 2
     return code
 

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def listed(names: Sequence[str], most: int) -> str:
+    """Return the first of `names` as a message has them, at most so many, and dots for the others."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 class TierStoreError(Exception):
     """Anything that tierstore refuses or cannot do."""
 

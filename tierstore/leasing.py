@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from tierstore.entry import Entry
-from tierstore.errors import BudgetError, MissingKeyError
+from tierstore.errors import BudgetError, MissingKeyError, listed
 from tierstore.flights import Flight, Flights
 from tierstore.planning.policy import Foresight
 from tierstore.tier import Tier
@@ -250,8 +250,7 @@ class Leasing(Flights):
     def _budget_error(self, operation: object, wanted: list[Entry]) -> BudgetError:
         tier = self.tiers[0]
         budget = tier.ledger.limit or 0
-        names = ", ".join(repr(entry.key) for entry in wanted[:5]) + (", ..." if len(wanted) > 5 else "")
-        operation = f"{operation} on {names}"
+        operation = f"{operation} on {listed([repr(entry.key) for entry in wanted], 5)}"
         required = sum(entry.nbytes for entry in wanted)
         if required > budget:
             aside = tier.ledger.aside

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tierstore.errors import ModelError
+from tierstore.errors import ModelError, listed
 
 _LISTED = 12  # names in an error
 
@@ -82,10 +82,10 @@ def _attributes(holder: object) -> Mapping[str, object]:
 def _nothing_in(name: str, model: object) -> str:
     what = f"{type(model).__name__} at {name!r}" if name else type(model).__name__
     names = list(dict.fromkeys([*_components(model), *_attributes(model)]))
-    listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    attributes = listed(names, _LISTED) or "it has none"
     return (
         f"expected a torch.nn.Module, a list or dict of them, or an object that holds some, got {what}: no module in its "
-        f"`components` or among its attributes ({listed or 'it has none'}); pass the modules themselves: tiered([encoder, unet])"
+        f"`components` or among its attributes ({attributes}); pass the modules themselves: tiered([encoder, unet])"
     )
 
 

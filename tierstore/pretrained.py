@@ -18,9 +18,8 @@ from tierstore.checkpoint.lazy import CheckpointTensor
 from tierstore.checkpoint.library import load_unread
 from tierstore.checkpoint.source import local_path, open_source
 from tierstore.errors import BackendError, CheckpointError, TierStoreError
-from tierstore.patch.prestored import plain_like
+from tierstore.patch.prestored import make_plain
 from tierstore.patch.regions import named_tensors
-from tierstore.patch.swap import replace_content
 from tierstore.planning.names import policy_factory
 from tierstore.planning.policy import PolicyFactory
 from tierstore.recipe import Recipe
@@ -132,8 +131,7 @@ def bind_itself(model: torch.nn.Module) -> Bound:
             continue
         recipes[name], spec, names[id(tensor)] = tensor.recipe, tensor.recipe.spec, name
         meta = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
-        kind = torch.nn.Parameter if isinstance(tensor, torch.nn.Parameter) else torch.Tensor
-        replace_content(tensor, plain_like(kind, meta, requires_grad=tensor.requires_grad))
+        make_plain(tensor, meta)
         for attribute in ("recipe", "source"):
             tensor.__dict__.pop(attribute, None)
     return Bound(names, recipes)

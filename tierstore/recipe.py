@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tierstore.errors import listed
 from tierstore.spec import TensorSpec
 
 aten = torch.ops.aten
@@ -42,8 +43,7 @@ class Computed:
     index: int | None = None
 
     def __str__(self) -> str:
-        names = list(dict.fromkeys(map(str, leaves_of(self))))
-        return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        return listed(list(dict.fromkeys(map(str, leaves_of(self)))), 3)
 
 
 Recipe = Stored | Computed

@@ -54,6 +54,17 @@ class TensorSpec:
         return False
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float32" for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str) -> torch.dtype | None:
+    """Return `torch.float32` for "float32"; None if torch has no dtype of this name."""
+    found = getattr(torch, name, None)
+    return found if isinstance(found, torch.dtype) else None
+
+
 def storable(tensor: torch.Tensor) -> torch.Tensor:
     """Return `tensor` detached and with conjugate and negative bits resolved; raise for what has no plain strided bytes."""
     if not isinstance(tensor, torch.Tensor):

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 
 from tierstore.backends._disk.rows import Row
-from tierstore.backends._lock import dtype_name, key_fields, key_from, spec_from
+from tierstore.backends._lock import key_fields, key_from, parse_json, spec_from
 from tierstore.checksum import checksum, sums_size
 from tierstore.errors import BackendError
-from tierstore.spec import TensorSpec
+from tierstore.spec import TensorSpec, dtype_name
 
 FORMAT_VERSION = 2
 ALIGNMENT = 4096  # of the data in the file and so in memory, in bytes
@@ -84,8 +84,8 @@ def head_size(prefix: bytes, file_size: int) -> int:
 def parse_head(head: bytes) -> dict[str, dict[str, object]]:
     """Return the header's two entries, which are JSON objects; raise `ValueError` if it has others."""
     try:
-        header = json.loads(head[8:])
-    except (ValueError, RecursionError):
+        header = parse_json(head[8:])
+    except ValueError:
         raise ValueError("the header is not JSON") from None
     if isinstance(header, dict) and set(header) == {"__metadata__", "data"} and isinstance(header["__metadata__"], dict):
         return header
@@ -113,10 +113,7 @@ def raw_entry(spec: TensorSpec) -> dict[str, object]:
 
 
 def spec_in(metadata: Mapping[str, object]) -> TensorSpec:
-    try:
-        shape, stride = json.loads(_text(metadata, "shape")), json.loads(_text(metadata, "stride"))
-    except RecursionError:
-        raise ValueError("shape or stride is no list of sizes") from None
+    shape, stride = parse_json(_text(metadata, "shape")), parse_json(_text(metadata, "stride"))
     return spec_from(metadata.get("dtype"), shape, stride)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tierstore.backends._disk.layout import LOCK, Root, give_lock, open_index, read_format, read_rows
+from tierstore.backends._disk.layout import LOCK, Root, existing_format, give_lock, open_index, read_rows
 from tierstore.backends._disk.rows import Row
 from tierstore.backends._lock import opening
-from tierstore.errors import BackendError
 from tierstore.file_system import FileSystem
 from tierstore.maintenance import Contents
 
@@ -18,9 +17,7 @@ def describe(path: Path, system: FileSystem) -> Contents:
     with opening(path):
         root = Root(path, system)
         try:
-            found = read_format(root)
-            if found is None:
-                raise BackendError(f"there is no store in {path}")
+            found = existing_format(root)
             facts: dict[str, str | int | bool] = {"format": found.version, "store": found.store}
             if found.version == 1:
                 rows = {row.key: row for row in read_rows(root)}

@@ -198,7 +198,7 @@ class Index:
             return {row.key: row for row in rows}, _state_from(states, found)
         except ERRORS as error:
             raise self._translated(error) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise damaged(str(error), self.path) from error
 
     def _translated(self, error: Exception) -> OSError:

@@ -22,7 +22,7 @@ from tierstore.backends._disk.blob import FORMAT_VERSION, decode_head, head_size
 from tierstore.backends._disk.index import COMMITS, JOURNAL, PARTS, Commits, Index, State, damaged, read_commits, write_all
 from tierstore.backends._disk.rows import BLOB_ID, SUFFIX, Row, blob_name
 from tierstore.backends._disk.version_1 import decode_head_1
-from tierstore.backends._lock import TEMPORARY
+from tierstore.backends._lock import TEMPORARY, parse_json
 from tierstore.checksum import checksum
 from tierstore.errors import BackendError, CorruptionError
 from tierstore.file_system import FileSystem
@@ -140,7 +140,7 @@ class Root:
             row, store = (decode_head_1(head, blob), "") if b'"tierstore":"1"' in head else decode_head(head, blob)
             if size != row.file_size:
                 raise ValueError(f"the file has {size} bytes instead of {row.file_size}")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise CorruptionError("?", str(self.path / name), str(error)) from error
         return row, store
 
@@ -153,8 +153,8 @@ def read_format(root: Root) -> Format | None:
         _refuse_foreign(root)
         return None
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT_NAME:
         raise BackendError(f"{root.path} belongs to something else than {FORMAT_NAME}; choose another directory")
@@ -167,6 +167,14 @@ def read_format(root: Root) -> Format | None:
     if not isinstance(store, str) or (version > 1 and text != _encode_format(store)):
         raise BackendError(f"{root.path / MARKER} does not match its checksum; `python -m tierstore repair` makes it anew")
     return Format(version, store)
+
+
+def existing_format(root: Root) -> Format:
+    """Return what FORMAT says; raise `BackendError` also if there is none."""
+    found = read_format(root)
+    if found is None:
+        raise BackendError(f"there is no store in {root.path}")
+    return found
 
 
 def read_rows(root: Root) -> list[Row]:

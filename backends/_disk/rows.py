@@ -6,9 +6,9 @@ import json
 import re
 from dataclasses import dataclass
 
-from tierstore.backends._lock import dtype_name, spec_from
+from tierstore.backends._lock import parse_json, spec_from
 from tierstore.checksum import SUM, checksum, sums_size
-from tierstore.spec import TensorSpec
+from tierstore.spec import TensorSpec, dtype_name
 
 BLOB_ID = re.compile(r"[0-9a-f]{32}")
 SUFFIX = ".safetensors"
@@ -77,7 +77,7 @@ def row_from(columns: tuple[object, ...], seal: object) -> Row:
         raise ValueError("a row of the index has columns of other types")
     if not (isinstance(generation, int) and isinstance(version, int)):
         raise ValueError("a row of the index has columns of other types")
-    spec = spec_from(dtype, json.loads(shape), json.loads(stride))
+    spec = spec_from(dtype, parse_json(shape), parse_json(stride))
     if BLOB_ID.fullmatch(blob) is None or spec.nbytes != nbytes or offset < 0 or len(head) != SUM:
         raise ValueError("a row of the index contradicts itself")
     if version not in (1, 2) or len(sums) != (sums_size(spec.nbytes) if version > 1 else 0):

@@ -16,6 +16,7 @@ from tierstore.backends._disk.layout import (
     Format,
     Root,
     VersionError,
+    existing_format,
     give_lock,
     new_index,
     open_index,
@@ -63,9 +64,7 @@ class Scan:
 def verify(path: Path, system: FileSystem) -> Inspection:
     """Check everything in a store that other processes may be using."""
     with _at(path, system) as (root, blobs):
-        found = read_format(root)
-        if found is None:
-            raise BackendError(f"there is no store in {path}")
+        found = existing_format(root)
         if found.version == 1:
             scan = scan_blobs(root, blobs)
             return _inspection(scan.newest("").values(), scan.damaged.values())

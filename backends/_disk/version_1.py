@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from tierstore.backends._disk.blob import parse_head, raw_entry, spec_in, tensor_entry
 from tierstore.backends._disk.rows import Row
-from tierstore.backends._lock import dtype_name, key_fields, key_from
+from tierstore.backends._lock import key_fields, key_from
 from tierstore.checksum import checksum
-from tierstore.spec import TensorSpec
+from tierstore.spec import TensorSpec, dtype_name
 
 
 def decode_head_1(head: bytes, blob: str) -> Row:

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 
 from tests.disk.children import Child
+from tests.disk.conftest import open_descriptors
 from tests.disk.histories import MISSING, Operation, check_register, check_single_writer, check_stale_reader
+from tests.plainly import anonymous_bytes
 from tierstore import TieredStore
 from tierstore.backends.disk import DiskBackend
 
@@ -91,17 +93,6 @@ def value_in(tensor: torch.Tensor) -> int:
     return first
 
 
-def anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) << 10
-    raise LookupError("this system does not tell the anonymous memory of a process")
-
-
-def descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 # -- the processes that read ----------------------------------------------------------------------------------------------
 
 
@@ -110,7 +101,7 @@ def read_until_told(root: str, folder: str, number: int, channel: Connection) ->
     torch.set_num_threads(1)
     chance, usage = random.Random(number), Usage()
     log = Log(Path(folder), 100 + number)
-    before, noted = (descriptors(), threading.active_count()), 0.0
+    before, noted = (open_descriptors(), threading.active_count()), 0.0
     try:
         while not channel.poll():
             with closing(DiskBackend.reader(root)) as reader:
@@ -128,7 +119,7 @@ def read_until_told(root: str, folder: str, number: int, channel: Connection) ->
     except Exception as error:  # noqa: BLE001  (told to the parent, for which it is a failure)
         channel.send(f"reader {number}: {type(error).__name__}: {error}")
     log.close()
-    usage.descriptors, usage.threads = (before[0], descriptors() - 1), (before[1], threading.active_count())
+    usage.descriptors, usage.threads = (before[0], open_descriptors() - 1), (before[1], threading.active_count())
     channel.send(usage)
 
 
@@ -153,7 +144,7 @@ class Load:
 
     def run(self, seconds: float, operations: int, flushes: int = 4) -> Outcome:
         """Load the store for at least that long, and with at least as many operations of the threads, and flushes."""
-        usage, before = Usage(), (descriptors(), threading.active_count())
+        usage, before = Usage(), (open_descriptors(), threading.active_count())
         logs = [Log(self.folder, number) for number in range(THREADS)]
         for key in range(len(SHARED) + THREADS * _OWNED):
             self._write(logs[0] if key < len(SHARED) else logs[(key - len(SHARED)) // _OWNED], key, 1)
@@ -175,7 +166,7 @@ class Load:
         self._hear(children)
         self.outcome.evictions = self.store.stats().evictions
         self.store.close()
-        usage.descriptors, usage.threads = (before[0], descriptors()), (before[1], threading.active_count())
+        usage.descriptors, usage.threads = (before[0], open_descriptors()), (before[1], threading.active_count())
         self._note_usage("the process that writes", usage, engine_threads=True)
         self._check_history()
         self._check_files()

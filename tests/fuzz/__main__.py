@@ -20,7 +20,8 @@ import atheris
 import tierstore.errors  # noqa: F401  (what is there before the targets are imported is not watched for branches)
 
 with atheris.instrument_imports(include=["tierstore.backends"], enable_loader_override=False):
-    from tests.fuzz.targets import TARGETS, folder_for, memory_base
+    from tests.disk.conftest import MEMORY
+    from tests.fuzz.targets import TARGETS, folder_for
 
 _SLOWEST = 20  # seconds for one input, after which it counts as a hang
 _LONGEST = 65536  # bytes
@@ -60,7 +61,7 @@ def main() -> int:
 def _run(name: str, inputs: int, seed: int) -> bool:
     """Fuzz one target in a child process and print its row; True if it failed."""
     started = time.perf_counter()
-    with TemporaryDirectory(dir=memory_base()) as base:
+    with TemporaryDirectory(dir=MEMORY) as base:
         command = [sys.executable, "-m", "tests.fuzz", "--child", base, "--targets", name, "--inputs", str(inputs), "--seed", str(seed)]
         child = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     ended = re.search(r"Done (\d+) runs", child.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tracemalloc
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -347,8 +346,3 @@ def folder_for(base: Path, target: str) -> Path:
     folder = base / target.replace(" ", "-")
     folder.mkdir()
     return folder
-
-
-def memory_base() -> str | None:
-    """Return the directory of a file system in memory, None if there is none: a million files would wear out a disk."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

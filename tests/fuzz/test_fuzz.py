@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoints import entry, write_raw
-from tests.fuzz.targets import TARGETS, SafetensorsHeader, folder_for, memory_base
+from tests.disk.conftest import MEMORY
+from tests.fuzz.targets import TARGETS, SafetensorsHeader, folder_for
 from tierstore.backends import _safetensors
 
 EDITS = st.lists(
@@ -33,7 +34,7 @@ def edited(data: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", TARGETS)
 def test_bytes_that_anybody_may_have_written_are_read_or_refused(name: str) -> None:
-    with TemporaryDirectory(dir=memory_base()) as base:
+    with TemporaryDirectory(dir=MEMORY) as base:
         target = TARGETS[name](folder_for(Path(base), name))
         seeds = list(target.seeds())
         for data in seeds:

@@ -6,10 +6,10 @@ import argparse
 from collections import Counter
 from typing import Any
 
-from tierstore.commands.showing import dtype_name, print_json, results, table
+from tierstore.commands.showing import print_json, results, table
 from tierstore.maintenance import Contents, describe
 from tierstore.sizes import format_size
-from tierstore.spec import TensorSpec
+from tierstore.spec import TensorSpec, dtype_name
 
 _EPILOG = """\
 Only headers and indices are read, no weights, also where another process writes; nothing is changed (SQLite may put its two

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich.console import Console
-
+from tierstore.commands.showing import results
 from tierstore.maintenance import Inspection, repair, verify
 from tierstore.sizes import format_size
 
@@ -21,7 +20,7 @@ def add_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Look through a store, or put it right; 0 if nothing was wrong, 1 if something was, 2 if there is no store to look at."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = results()
     inspection: Inspection = arguments.act(arguments.path)
     for finding in inspection.findings:
         console.print(f"{finding.key!a} in {finding.file}: {finding.problem}", markup=False)

@@ -8,10 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from tierstore.commands.showing import dtype_name, table
+from tierstore.commands.showing import table
 from tierstore.outlook.forecast import DISK, Forecast
 from tierstore.outlook.planned import Outlook
 from tierstore.sizes import format_size
+from tierstore.spec import dtype_name
 
 GROUPINGS = ("group", "block", "tensor")
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")

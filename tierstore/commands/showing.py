@@ -14,6 +14,7 @@ from rich.table import Table
 
 from tierstore.errors import SizeError
 from tierstore.sizes import parse_size
+from tierstore.spec import dtype_named
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -77,11 +78,7 @@ def count(text: str) -> int:
 def dtype(text: str) -> torch.dtype:
     """Parse an argument that is a dtype of weights."""
     name = text.removeprefix("torch.")
-    if name not in DTYPES:
+    found = dtype_named(name) if name in DTYPES else None
+    if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a dtype that weights can be cast to; give one of {', '.join(DTYPES)}")
-    found: torch.dtype = getattr(torch, name)
     return found
-
-
-def dtype_name(found: torch.dtype) -> str:
-    return str(found).removeprefix("torch.")

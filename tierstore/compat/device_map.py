@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from tierstore.compat.places import CPU, DISK, Name, Place, available_ram, place_of, the_accelerator
-from tierstore.errors import ModelError
+from tierstore.compat.places import CPU, DISK, Name, Place, place_of, the_accelerator
+from tierstore.errors import ModelError, listed
+from tierstore.machine.limits import available_ram
 from tierstore.patch.regions import find_regions, named_tensors
+from tierstore.patch.room import most_owned
 
 DeviceMap = Mapping[str, Name]
 _AT_ONCE = 4  # as many of the largest layers may be in the fast tier where it is not known how much there is
@@ -35,16 +37,14 @@ class Sizes:
     def __init__(self, model: torch.nn.Module, casts: Casts) -> None:
         self.nbytes: dict[str, int] = {}
         self.first: dict[str, str] = {}  # by each name the first one of the same tensor
-        self.largest = 0
-        owned: dict[str, int] = {}
+        owned: list[tuple[str, int]] = []
         names: dict[int, str] = {}
         for name, tensor in named_tensors({"": model}):
             first = self.first[name] = names.setdefault(id(tensor), name)
             if first == name:
                 self.nbytes[name] = casts.nbytes(name, tensor)
-            owner = name.rpartition(".")[0]
-            owned[owner] = owned.get(owner, 0) + self.nbytes[first]
-        self.largest = max(owned.values(), default=0)
+            owned.append((name.rpartition(".")[0], self.nbytes[first]))
+        self.largest = most_owned(owned)[1]
         self.total = sum(self.nbytes.values())
         self.buffers = sum(self.nbytes.get(name, 0) for name, _ in model.named_buffers())
 
@@ -86,10 +86,12 @@ def check_device_map(model: torch.nn.Module, device_map: DeviceMap) -> dict[str,
     known = {*tensors, *(name for name, _ in model.named_modules(remove_duplicate=False))}
     unknown = [key for key in device_map if key not in known]
     if unknown:
-        raise ModelError(f"device_map names what is not in {type(model).__name__}: {_list(unknown)}; the keys are names of modules")
+        names = listed(unknown, _SHOWN)
+        raise ModelError(f"device_map names what is not in {type(model).__name__}: {names}; the keys are names of modules")
     lacking = [name for name in model.state_dict(keep_vars=True) if not any(covers(key, name) for key in device_map)]
     if lacking:
-        raise ModelError(f"device_map gives no device for {_list(lacking)}; add these, a module that contains them, or the key '' for all")
+        names = listed(lacking, _SHOWN)
+        raise ModelError(f"device_map gives no device for {names}; add these, a module that contains them, or the key '' for all")
     places = {key: place_of(name) for key, name in device_map.items()}
     the_accelerator(places.values())
     return places
@@ -167,7 +169,3 @@ def fill_in_order(
 ) -> dict[str, Name]:
     """Return a device map for `memory`, the bytes of each place by its name; what has no room anywhere goes to the disk."""
     return Filling(sizes, rooms_for(sizes, memory, offload_buffers=offload_buffers), merge=merge).fill("", model)
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

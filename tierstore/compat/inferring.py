@@ -12,6 +12,7 @@ from tierstore.compat.device_map import Casts, Sizes, fill_in_order
 from tierstore.compat.places import Name, read_max_memory
 from tierstore.errors import UnsupportedTensorError
 from tierstore.sizes import Size, format_size
+from tierstore.spec import dtype_named
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def dtype_of(dtype: DType | None) -> torch.dtype | None:
 
 
 def _checked(dtype: DType) -> torch.dtype:
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    found = dtype_named(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
         raise UnsupportedTensorError(f'{dtype!r} is no dtype; give a torch.dtype or its name, such as "bfloat16"')
     return found

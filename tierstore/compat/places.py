@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 
 from tierstore.devices import working_accelerator
 from tierstore.errors import BackendError, TierStoreError
+from tierstore.machine.limits import available_ram
 from tierstore.sizes import Size, parse_size
 
 Name = int | str | torch.device
@@ -77,16 +76,6 @@ def _free_memory() -> dict[Name, int]:
     free = torch.accelerator.get_memory_info(accelerator)[0]
     index = accelerator.index if accelerator.index is not None else torch.accelerator.current_device_index()
     return {index: int(free * _SHARE_FOR_WEIGHTS), **sizes}
-
-
-def available_ram() -> int:
-    """Return the bytes of RAM that can be taken without swapping, as the system says."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _named(name: Name) -> torch.device:

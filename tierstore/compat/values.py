@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from tierstore.errors import ModelError
-from tierstore.patch.prestored import plain_like
+from tierstore.patch.prestored import make_plain
 from tierstore.patch.regions import named_tensors
-from tierstore.patch.swap import replace_content
 
 
 def take_values(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -44,8 +43,7 @@ def _refuse_meta(name: str, tensor: torch.Tensor) -> None:
 
 def _take(tensor: torch.Tensor, value: torch.Tensor) -> None:
     if tensor.device.type == "meta":
-        kind = torch.nn.Parameter if isinstance(tensor, torch.nn.Parameter) else torch.Tensor
-        replace_content(tensor, plain_like(kind, value.detach(), requires_grad=tensor.requires_grad))
+        make_plain(tensor, value.detach())
         return
     with torch.no_grad():
         tensor.copy_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,15 +35,25 @@ def least_memory(limits: list[Limit]) -> int | None:
     return min((limit.nbytes for limit in limits if limit.nbytes is not None and limit.source != "RLIMIT_MEMLOCK"), default=None)
 
 
+def available_ram() -> int:
+    """Return the bytes of RAM that can be taken without swapping, as the system says."""
+    available = _ram(Path("/")).get("MemAvailable")
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if available is None else available
+
+
 def _machine(root: Path) -> Iterator[Limit]:
+    ram = _ram(root)
+    if "MemTotal" in ram:
+        used = ram["MemTotal"] - ram["MemAvailable"] if "MemAvailable" in ram else None
+        yield Limit("RAM of the machine", "/proc/meminfo", ram["MemTotal"], used)
+
+
+def _ram(root: Path) -> dict[str, int]:
+    """Return the bytes "MemTotal" and "MemAvailable" as far as the system tells them."""
     file = root / "proc/meminfo"
-    if not file.is_file():
-        return
-    found = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
-    kib = {name: int(text.split()[0]) for name, text in found.items() if name in ("MemTotal", "MemAvailable")}
-    if "MemTotal" in kib:
-        total = kib["MemTotal"] << 10
-        yield Limit("RAM of the machine", "/proc/meminfo", total, total - (kib["MemAvailable"] << 10) if "MemAvailable" in kib else None)
+    lines = file.read_text().splitlines() if file.is_file() else []
+    found = dict(line.split(":", 1) for line in lines if ":" in line)
+    return {name: int(text.split()[0]) << 10 for name, text in found.items() if name in ("MemTotal", "MemAvailable")}
 
 
 def _groups(root: Path) -> Iterator[Limit]:

@@ -10,15 +10,16 @@ from tierstore.outlook.weights import Weights
 _FACTORS = (0.5, 1, 1.5, 2, 3)
 
 
-def choices(weights: Weights, rooms: Rooms, speeds: Speeds, least: Smallest) -> list[Forecast]:
-    """Return forecasts for other sizes of one tier at a time, the fast one first, each from less to more memory.
+def choices(weights: Weights, asked: Forecast, speeds: Speeds, least: Smallest) -> list[Forecast]:
+    """Return `asked` and forecasts for other sizes of one tier at a time, the fast one first, each from less to more memory.
 
     From the least that starts to all that the model takes; budgets that change nothing are left out.
     """
+    rooms = asked.rooms
     fast, budget = next(iter(rooms.nbytes.items()))
     total = weights.nbytes
     sizes = {size for size in (least.ahead, *(int(budget * factor) for factor in _FACTORS), total) if least.starts <= size <= total}
-    made = [forecast(weights, _with(rooms, fast, size), speeds) for size in sorted(sizes | {budget})]
+    made = [asked if size == budget else forecast(weights, _with(rooms, fast, size), speeds) for size in sorted(sizes | {budget})]
     for name, size in list(rooms.nbytes.items())[1:]:
         lacking = max(total - budget, 0)
         others = {0, *(int(size * factor) for factor in _FACTORS), lacking}

@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tierstore.errors import BudgetError
 from tierstore.outlook.weights import Part, Weight, Weights
 from tierstore.patch.attach import SHARE_OF_SMALL, SMALL
-from tierstore.patch.room import smallest
+from tierstore.patch.room import check_largest, smallest
 from tierstore.planning.cycle import Cycle
 from tierstore.planning.plan import Plan, plan
 from tierstore.planning.schedule import FIXED_BYTES
@@ -98,8 +97,8 @@ class Forecast:
 
 def forecast(weights: Weights, rooms: Rooms, speeds: Speeds) -> Forecast:
     """Return what one pass costs. Raises `BudgetError` for a fast tier in which a session cannot start."""
-    fast, budget = next(iter(rooms.nbytes.items()))
-    _check(weights, fast, budget)
+    check_start(weights, rooms)
+    budget = next(iter(rooms.nbytes.values()))
     held = {weight.name: weight.nbytes for weight in _held(weights, budget)}
     trace = [name for name in weights.trace if name not in held]
     divided = rooms.divided and weights.nbytes > budget
@@ -122,6 +121,11 @@ def forecast(weights: Weights, rooms: Rooms, speeds: Speeds) -> Forecast:
     )
 
 
+def check_start(weights: Weights, rooms: Rooms) -> None:
+    """Raise `BudgetError` for a fast tier in which a session cannot start."""
+    check_largest(weights.by_name.values(), *next(iter(rooms.nbytes.items())))
+
+
 def smallest_rooms(weights: Weights, *, divided: bool) -> Smallest:
     """Return which fast tiers are enough for a model."""
     largest, (module, owned) = weights.largest(), weights.largest_owner()
@@ -129,12 +133,6 @@ def smallest_rooms(weights: Weights, *, divided: bool) -> Smallest:
     parts, together = [part for part, _ in used], {part.key: owner for part, owner in used}
     cycle = Cycle([part.key for part in parts], [0.0] * len(parts), {part.key: part.nbytes for part in parts}, together)
     return Smallest(largest.nbytes, largest.name, owned, module, max(owned, cycle.ring(frozenset(), 2)))
-
-
-def _check(weights: Weights, fast: str, budget: int) -> None:
-    largest = weights.largest()
-    if largest.nbytes > budget:
-        raise BudgetError(f"any operation on {largest.name!r}", tier=fast, required_bytes=largest.nbytes, budget_bytes=budget)
 
 
 def _held(weights: Weights, budget: int) -> list[Weight]:

@@ -11,7 +11,7 @@ import torch
 from tierstore.errors import CheckpointError
 from tierstore.maintenance import describe
 from tierstore.outlook.choices import choices
-from tierstore.outlook.forecast import Forecast, Rooms, Smallest, Speeds, forecast, smallest_rooms
+from tierstore.outlook.forecast import Forecast, Rooms, Smallest, Speeds, check_start, forecast, smallest_rooms
 from tierstore.outlook.reading import read_weights
 from tierstore.outlook.speeds import Told, find_speeds
 from tierstore.outlook.weights import Weights
@@ -40,11 +40,11 @@ def plan_checkpoint(checkpoint: Path, rooms: Rooms, told: Told | None = None, dt
     weights = read_weights(checkpoint, dtype)
     if not weights.by_name:
         raise CheckpointError(f"{checkpoint} holds no tensors, so there is nothing to plan")
-    forecast(weights, rooms, Speeds({}, None))  # a budget that is too small is told before anything is measured
+    check_start(weights, rooms)  # before anything is measured
     speeds, unknown = find_speeds(rooms, told or Told(), files, weights.largest().spec.dtype)
     made, least = forecast(weights, rooms, speeds), smallest_rooms(weights, divided=rooms.divided)
     notes = (*weights.notes, *unknown, *_doubts(made, least))
-    return Outlook(weights, made, least, speeds, tuple(choices(weights, rooms, speeds, least)), notes)
+    return Outlook(weights, made, least, speeds, tuple(choices(weights, made, speeds, least)), notes)
 
 
 def _files(checkpoint: Path) -> list[Path]:

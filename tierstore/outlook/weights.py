@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tierstore.patch.room import most_owned
 from tierstore.spec import TensorSpec
 
 
@@ -64,9 +65,4 @@ class Weights:
 
     def largest_owner(self) -> tuple[str, int]:
         """Return the module whose own weights take the most bytes together, and these bytes."""
-        owned: dict[str, int] = {}
-        for weight in self.by_name.values():
-            for owner in weight.owners:
-                owned[owner] = owned.get(owner, 0) + weight.nbytes
-        name = max(owned, key=lambda owner: owned[owner])
-        return name, owned[name]
+        return most_owned((owner, weight.nbytes) for weight in self.by_name.values() for owner in weight.owners)

@@ -58,6 +58,12 @@ def plain_like(kind: type[torch.Tensor], value: torch.Tensor, *, requires_grad: 
         return value.detach().requires_grad_(requires_grad)
 
 
+def make_plain(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Let `tensor`, of whatever class, be a plain tensor or parameter over the memory of `value`; it needs gradients as before."""
+    kind = torch.nn.Parameter if isinstance(tensor, torch.nn.Parameter) else torch.Tensor
+    replace_content(tensor, plain_like(kind, value, requires_grad=tensor.requires_grad))
+
+
 def note_writes(moves: Moves, entry: Entry) -> None:
     """Find out whether a value that was plain for a while is still what lower tiers have: writes through `.data` leave no trace."""
     with moves.lock:

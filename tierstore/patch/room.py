@@ -13,19 +13,25 @@ from tierstore.tier import Tier
 
 class _Sized(Protocol):
     @property
+    def name(self) -> str: ...
+    @property
     def spec(self) -> TensorSpec: ...
 
 
 S = TypeVar("S", bound=_Sized)
 
 
+def check_largest(weights: Iterable[_Sized], tier: str, budget: int | None) -> None:
+    """Raise `BudgetError` if one of `weights` has no room in the fastest tier: no operation on it could run."""
+    largest = max(weights, key=lambda weight: weight.spec.nbytes, default=None)
+    if budget is not None and largest is not None and largest.spec.nbytes > budget:
+        raise BudgetError(f"any operation on {largest.name!r}", tier=tier, required_bytes=largest.spec.nbytes, budget_bytes=budget)
+
+
 def check_room(tiers: Sequence[Tier], regions: Sequence[Region]) -> None:
     """Raise `BudgetError` before anything moves if one tensor, or all of them, can never fit."""
     fastest = tiers[0]
-    budget = fastest.ledger.budget
-    largest = max(regions, key=lambda region: region.spec.nbytes, default=None)
-    if budget is not None and largest is not None and largest.spec.nbytes > budget:
-        raise BudgetError(f"any operation on {largest.name!r}", tier=fastest.name, required_bytes=largest.spec.nbytes, budget_bytes=budget)
+    check_largest(regions, fastest.name, fastest.ledger.budget)
     budgets = [tier.ledger.budget for tier in tiers]
     total = sum(region.spec.nbytes for region in regions)
     if None not in budgets and total > (room := sum(b for b in budgets if b is not None)):
@@ -35,11 +41,16 @@ def check_room(tiers: Sequence[Tier], regions: Sequence[Region]) -> None:
 
 def largest_owner(regions: Iterable[Region]) -> int:
     """Return the most bytes that one module owns directly."""
-    owned: dict[str, int] = {}
-    for region in regions:
-        for owner in {name.rpartition(".")[0] for binding in region.bindings for name in binding.names}:
-            owned[owner] = owned.get(owner, 0) + region.spec.nbytes
-    return max(owned.values(), default=0)
+    owners = (({name.rpartition(".")[0] for b in region.bindings for name in b.names}, region.spec.nbytes) for region in regions)
+    return most_owned((owner, nbytes) for names, nbytes in owners for owner in names)[1]
+
+
+def most_owned(owned: Iterable[tuple[str, int]]) -> tuple[str, int]:
+    """Return the module that owns the most bytes, and these bytes, from pairs of a module and what it owns."""
+    totals: dict[str, int] = {}
+    for owner, nbytes in owned:
+        totals[owner] = totals.get(owner, 0) + nbytes
+    return max(totals.items(), key=lambda item: item[1], default=("", 0))
 
 
 def smallest(regions: Iterable[S], room: int, most: int) -> list[S]:
