@@ -15,7 +15,7 @@ from tierstore.tier import Tier
 from tierstore.transfer.engine import Engine, Transfer
 
 _FEW = 2  # flights into one tier that are started ahead of use, however large
-_MUCH = 32 << 20  # bytes in flight into one tier that keep a link busy; beyond `_FEW`, more are not started ahead of use
+_MUCH = 64 << 20  # bytes in flight into one tier that keep a link busy; beyond `_FEW`, more are not started ahead of use
 
 
 class Flight:

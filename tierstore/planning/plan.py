@@ -11,7 +11,7 @@ from tierstore.planning.cycle import Cycle
 
 _GIANTS = 8  # how many of the largest sizes are tried as "always resident"
 _STEPS_TO_DOUBLE = 4  # of worth
-_AHEAD = 64  # times what a transfer costs on top of its bytes, so that this is little beside them
+_AHEAD = 128  # times what a transfer costs on top of its bytes, so that this is little beside them
 _AHEAD_SHARE = 8  # one of so many parts of a budget may be on its way
 _ROUNDS = 3  # what stays makes the ring smaller, which lets more stay
 
