@@ -16,12 +16,12 @@ LAYERS = (
     {"errors", "sizes", "spec", "recipe", "devices", "shield", "file_system", "checksum", "open_file"},
     {"backend", "registry", "maintenance"},
     {"ledger", "planning"},
-    {"entry", "tier", "building", "stats", "timeline", "picture", "transfer", "machine"},
+    {"entry", "tier", "sharing", "building", "stats", "timeline", "picture", "transfer", "machine"},
     {"residency", "flights", "leasing", "writing", "lease"},
     {"store"},
     {"report"},
     {"patch"},
-    {"parts", "session", "training", "checkpoint", "pretrained", "outlook", "compat"},
+    {"parts", "running", "chain", "session", "training", "checkpoint", "pretrained", "outlook", "compat"},
     {"commands", "__main__", "testing"},
 )
 
