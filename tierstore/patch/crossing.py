@@ -22,6 +22,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -110,7 +111,7 @@ class Frame:
         self.device: torch.device | None = None
         self.mode = _Together(self)
         self.rank = {device: number for number, device in enumerate(devices)}
-        self._copies: dict[tuple[int, torch.device, bool], tuple[weakref.ref[torch.Tensor], int, torch.Tensor, int]] = {}
+        self._copies: dict[tuple[object, ...], _Copy] = {}
 
     def movable(self, tensor: torch.Tensor) -> bool:
         """True for what has to be with the other operands: torch takes scalars in RAM beside any, and complains of the rest itself."""
@@ -134,16 +135,32 @@ class Frame:
             return tensor
         if isinstance(tensor, torch.nn.Parameter | Wrapper) or tensor.is_inference():
             return tensor.to(device)
-        key = (id(tensor), device, torch.is_grad_enabled())
+        base = tensor if tensor.requires_grad or tensor._base is None else tensor._base  # views of a table are made for each layer anew
+        layout = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        key = (id(base), layout, device, torch.is_grad_enabled())
         known = self._copies.get(key)
-        if known is not None and known[0]() is tensor and known[1] == tensor._version and known[3] == known[2]._version:
-            return known[2]
+        if known is not None and known.source() is base and known.fresh(base):
+            return known.copy
         copy = tensor.to(device)
         if not copy.is_inference():
             copies = self._copies
-            end = weakref.ref(tensor, lambda _: copies.pop(key, None) and None)
-            copies[key] = (end, tensor._version, copy, copy._version)
+            end = weakref.ref(base, lambda _: copies.pop(key, None) and None)
+            copies[key] = _Copy(end, base._version, copy, copy._version)
         return copy
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Copy:
+    """A moved tensor, and torch's counts of writes to it and to what it was made from."""
+
+    source: weakref.ref[torch.Tensor]
+    version: int
+    copy: torch.Tensor
+    copy_version: int
+
+    def fresh(self, source: torch.Tensor) -> bool:
+        """True if neither was written to since."""
+        return self.version == source._version and self.copy_version == self.copy._version
 
 
 class _Together(TorchFunctionMode):
