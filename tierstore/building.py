@@ -75,9 +75,12 @@ def _kind_of_all(device: str | torch.device | None) -> str:
 
 
 def _device_at(kind: str, index: int) -> torch.device:
-    if kind == "cpu":
+    if kind in ("cpu", "meta"):
         return compute_device(kind)
-    count = torch.get_device_module(kind).device_count() if hasattr(torch.get_device_module(kind), "device_count") else 0
+    try:
+        count = int(torch.get_device_module(kind).device_count())
+    except (RuntimeError, AttributeError) as error:
+        raise BackendError(f'device={kind!r} has no devices with indices here ({error}); give device="cpu" or one that works') from error
     if index >= count:
         raise BackendError(f"gpu= names device {index}, and there are {count} of type {kind!r} here; give indices below {count}")
     return compute_device(torch.device(kind, index))

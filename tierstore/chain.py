@@ -251,7 +251,7 @@ def tiered_in_chain(
 ) -> Tiered:
     """Start a session of `models` on several devices, as `tiered` describes it."""
     ram = None if cpu is None else parse_size(cpu)
-    shares = _shares(models, find_regions(named_tensors(models)), fast, ram, bottomless=disk is not None)
+    shares = _shares(models, find_regions(named_tensors(models)), fast, ram, _disk_bytes(disk))
     tops = [memory_tier(tier.name, tier.device, tier.nbytes) for tier in fast]
     if disk is None:
         return ChainTiered(models, _started(fast, shares, _rows(shares, tops, Below(ram, None)), policy), holders=holders)
@@ -279,7 +279,7 @@ def over_checkpoint_in_chain(
                 if id(binding.tensor) in bound.names:
                     region.spec = bound.recipes[bound.names[id(binding.tensor)]].spec  # as it will be, after casts
         ram = None if cpu is None else parse_size(cpu)
-        shares = _shares(models, regions, fast, ram, bottomless=True)
+        shares = _shares(models, regions, fast, ram, None)
         tops = [memory_tier(tier.name, tier.device, tier.nbytes) for tier in fast]
         recipes = [{name: bound.recipes[name] for name in _names(part, bound)} for part in shares.parts]
         values = present_to_all(source, list(zip(recipes, tops, strict=True)))
@@ -295,12 +295,19 @@ def _names(part: Share, bound: Bound) -> list[str]:
     return list(dict.fromkeys(bound.names[identity] for identity in ids if identity in bound.names))
 
 
-def _shares(models: Models, regions: Sequence[Region], fast: Sequence[FastTier], ram: int | None, *, bottomless: bool) -> Shares:
-    """Divide the model; `BudgetError` if a part of it has no room. `bottomless`: there is a disk."""
+def _disk_bytes(disk: Disk | None) -> int | None:
+    """Return what the last tier may hold; None without limit."""
+    if disk is None:
+        return 0
+    return parse_size(disk[1]) if isinstance(disk, tuple) else None
+
+
+def _shares(models: Models, regions: Sequence[Region], fast: Sequence[FastTier], ram: int | None, disk: int | None) -> Shares:
+    """Divide the model; `BudgetError` if a part of it has no room. `disk`: the bytes of the last tier, None without limit."""
     budgets = [tier.nbytes for tier in fast]
     shares = share_out(models, regions, budgets)
-    names = ("+cpu" if ram is not None else "") + ("+disk" if bottomless else "")
-    check_shares(shares, [tier.name for tier in fast], budgets, None if bottomless else ram or 0, names)
+    names = ("+cpu" if ram is not None else "") + ("+disk" if disk else "")
+    check_shares(shares, [tier.name for tier in fast], budgets, None if disk is None else (ram or 0) + disk, names)
     return shares
 
 

@@ -77,20 +77,13 @@ class Pool:
 
 
 class PartLedger(Ledger):
-    """The part of a `Pool` that one store may use: `budget` bytes, or, if that is None, whatever others leave."""
+    """The bytes of a `Pool` that one store may use, at most `budget` of them, and what others leave."""
 
     __slots__ = ("pool",)
 
     def __init__(self, pool: Pool, budget: int | None) -> None:
         super().__init__(budget)
         self.pool = pool
-
-    @property
-    def limit(self) -> int | None:
-        own = super().limit
-        if own is not None or self.pool.budget is None:
-            return own
-        return max(self.pool.budget - self.pool.used + self.used, 0)
 
     def reserve(self, nbytes: int) -> bool:
         if not self.pool.take(nbytes):

@@ -38,7 +38,7 @@ class Common:
         self._lock = threading.Lock()
 
     def tier(self, part: int | None = None, mine: Callable[[str], bool] | None = None) -> CommonTier:
-        """Return the tier of one more store: it may use `part` bytes, or what others leave, and finds the keys that are `mine`."""
+        """Return the tier of one more store: it may use `part` bytes, by default all that others leave, and finds the keys `mine`."""
         with self._lock:
             self._open += 1
         return CommonTier(self, part, mine)
@@ -62,7 +62,7 @@ class CommonTier(Tier):
     def __init__(self, common: Common, part: int | None, mine: Callable[[str], bool] | None) -> None:
         super().__init__(common.name, common.backend)
         self.common = common
-        self.ledger = PartLedger(common.pool, part)
+        self.ledger = PartLedger(common.pool, common.pool.budget if part is None else part)
         self._mine = mine
 
     def entries(self) -> Iterable[tuple[str, TensorSpec]]:

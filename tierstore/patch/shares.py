@@ -75,7 +75,7 @@ def check_shares(shares: Shares, tiers: Sequence[str], budgets: Sequence[int], b
         if largest is not None and largest.spec.nbytes > budget:
             raise BudgetError(
                 f"any operation on {largest.name!r}", tier=tier, required_bytes=largest.spec.nbytes, budget_bytes=budget,
-                hint=f"raise the budget of {tier!r}, or give it as the first one if another is larger",
+                hint=f"raise the budget of {tier!r}, or give the devices in another order",
             )  # fmt: skip
     over = [max(part.nbytes - budget, 0) for part, budget in zip(shares.parts, budgets, strict=True)]
     if below is not None and sum(over) > below:
