@@ -21,7 +21,7 @@ LAYERS = (
     {"store"},
     {"report"},
     {"patch"},
-    {"parts", "running", "chain", "session", "training", "checkpoint", "pretrained", "outlook", "compat"},
+    {"parts", "running", "chain", "chain_opening", "session", "training", "checkpoint", "pretrained", "outlook", "compat"},
     {"commands", "__main__", "testing"},
 )
 

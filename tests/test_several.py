@@ -6,6 +6,7 @@ is in `test_crossing`.
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -26,10 +27,19 @@ from tests.offloadable import KINDS, WIDTH, X
 from tests.plainly import compare, largest, nbytes, nothing_leased, restored, within_budget
 from tests.rigs import in_threads
 from tierstore import BackendError, BudgetError, ModelError, SizeError, Tiered, TierStoreError, on_meta, open_backend, tiered
-from tierstore.chain import ChainTiered
+from tierstore.building import disk_tier
+from tierstore.chain import Chain, ChainTiered
+from tierstore.chain_opening import Below, _rows
 from tierstore.ledger import PartLedger, Pool
 from tierstore.patch.chain import DeviceAttachment
+from tierstore.patch.regions import find_regions, named_tensors
+from tierstore.patch.shares import share_out
+from tierstore.store import TieredStore
 from tierstore.testing import DictBackend
+from tierstore.testing.fake_backends import FakeMemory
+from tierstore.testing.fake_device import FakeDevice
+from tierstore.testing.stepped import SteppedEngine, Watch
+from tierstore.tier import Tier
 
 IDS = torch.arange(12).reshape(2, 6) + 3
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 60}
@@ -83,7 +93,6 @@ def on_two(model: nn.Module, disk: Path, share: float = 1 / 3) -> Tiered:
 
 
 def stores(session: Tiered) -> list[Any]:
-    assert isinstance(session, ChainTiered)
     return list(session.stores.values())
 
 
@@ -183,20 +192,17 @@ def test_threads(scratch: Path) -> None:
 
 
 def test_weights_of_two_devices_in_one_operation_by_many_threads(scratch: Path) -> None:
-    """Both stores are leased in one order, or two threads would wait for each other."""
-    model = lines(8)
-    first, last = model[0].weight.detach(), model[7].weight.detach()
-    forth, back = torch.cat([first, last]).clone(), torch.cat([last, first]).clone()
+    """Both stores are leased in one order, or two threads, each with all of one device, would wait for each other."""
+    model, plain = lines(8), lines(8)
     with tiered(model, gpu={0: 1 << 14, 1: 1 << 14}, cpu=2 << 14, disk=scratch, device="cpu") as session, torch.no_grad():
-        pair = model[0].weight, model[7].weight
 
-        def work(order: int) -> None:
-            for _ in range(40):
-                assert torch.equal(torch.mm(pair[order], pair[1 - order]), torch.mm(*((first_, last_) if not order else (last_, first_))))
+        def work(left: int, right: int) -> None:
+            expected = torch.mm(plain[left].weight, plain[right].weight)
+            for _ in range(100):
+                assert torch.equal(torch.mm(model[left].weight, model[right].weight), expected)
 
-        first_, last_ = forth[:64], forth[64:]
-        assert torch.equal(back[:64], last_)
-        assert in_threads(*[lambda n=n: work(n % 2) for n in range(4)]) == [None] * 4
+        pairs = [(0, 7), (6, 1), (2, 5), (4, 3)]
+        assert in_threads(*[lambda pair=pair: work(*pair) for pair in pairs], timeout=40) == [None] * 4
         check(session)
 
 
@@ -286,6 +292,52 @@ def test_tied_weights_are_one_entry(scratch: Path) -> None:
         check(session)
 
 
+@pytest.mark.parametrize("gpu", [{0: 3 << 14}, {3: 3 << 14}])
+def test_one_device_by_its_index(gpu: dict[int, int], scratch: Path) -> None:
+    model = lines(8)
+    with tiered(model, gpu=gpu, cpu=2 << 14, disk=scratch, device="cpu") as session, torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(torch.ones(1, 64)), lines(8)(torch.ones(1, 64)))
+        assert list(session.stores) == list(session.stats().tiers)[:1] == [f"gpu:{next(iter(gpu))}"]
+
+
+def test_more_devices_than_modules() -> None:
+    model = lines(1)
+    with tiered(model, gpu=dict.fromkeys(range(3), 2 << 14), device="cpu") as session, torch.no_grad():
+        assert torch.equal(model(torch.ones(1, 64)), lines(1)(torch.ones(1, 64)))
+        assert sum(tier.entries for tier in session.stats().tiers.values()) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_devices_with_streams_of_their_own(seed: int, scratch: Path) -> None:
+    """Late copies, memory used again at once, and every access of each device ordered."""
+    torch.manual_seed(0)
+    model, plain, x = Convolutions(), Convolutions(), torch.ones(2, 8, 6, 6)
+    plain.load_state_dict(model.state_dict())
+    fakes = [FakeDevice(seed), FakeDevice(seed + 10)]
+    regions = find_regions(named_tensors({"": model}))
+    half = nbytes(model) // 3
+    shares = share_out({"": model}, regions, [half, half])
+    tops = [Tier(f"gpu:{number}", FakeMemory(fake), half) for number, fake in enumerate(fakes)]
+    rows = _rows(shares, tops, Below(None, disk_tier(scratch), [frozenset[str]().__contains__] * 2))
+    made = [TieredStore(row, "auto", SteppedEngine(fake, seed)) for row, fake in zip(rows.tiers, fakes, strict=True)]
+    for store, fake in zip(made, fakes, strict=True):
+        Watch(store.moves, fake)
+    with ChainTiered({"": model}, Chain(made, [torch.device("cpu")] * 2, rows.commons, shares)) as session:
+        for turn in range(6):
+            with torch.set_grad_enabled(turn % 3 == 2):
+                result, expected = model(x), plain(x)
+            assert torch.equal(result, expected)
+            if turn % 3 == 2:
+                result.sum().backward()
+                expected.sum().backward()
+            for fake in fakes:
+                fake.accesses.check()
+        assert all(store.stats().misses for store in session.stores.values())
+        within_budget(session)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
 # -- the session --------------------------------------------------------------------------------------------------------
 
 
@@ -310,7 +362,7 @@ def test_resize(scratch: Path) -> None:
         with pytest.raises(TierStoreError, match="no device has the index 2"):
             session.resize(gpu={2: "1GiB"})
         with pytest.raises(SizeError, match="'much' is not a size"):
-            session.resize(gpu={0: "much"})
+            session.resize(gpu={1: 1, 0: "much"})
         assert budgets() == {"gpu:0": 2 * unit, "gpu:1": 7 * unit, "cpu": 20 * unit, "disk": None}
 
 
@@ -327,6 +379,33 @@ def test_ram_that_cannot_shrink_stays_as_it_was() -> None:
         with torch.no_grad():
             assert torch.equal(model(torch.ones(1, 64)), lines(16)(torch.ones(1, 64)))
         check(session)
+
+
+def test_a_resize_that_fails_half_way_changes_nothing() -> None:
+    model = lines(16)
+    unit = 1 << 14
+    with tiered(model, gpu={0: 4 * unit, 1: 4 * unit}, cpu=10 * unit, device="cpu") as session:
+        before = {name: tier.budget_bytes for name, tier in session.stats().tiers.items()}
+        with pytest.raises(BudgetError, match="shrinking"):
+            session.resize(gpu={0: 5 * unit, 1: unit})
+        assert {name: tier.budget_bytes for name, tier in session.stats().tiers.items()} == before
+        check(session)
+
+
+def test_saving_and_copying_inside(scratch: Path, tmp_path: Path) -> None:
+    model, plain = llama(), llama()
+    plain.load_state_dict(model.state_dict())
+    with on_two(model, scratch) as session:
+        model.save_pretrained(tmp_path / "saved")
+        clone = copy.deepcopy(model)
+        assert type(clone.lm_head.weight) is nn.Parameter
+        assert torch.equal(clone(IDS).logits, plain(IDS).logits)
+        state = model.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
+        del state
+        check(session)
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), plain.parameters(), strict=True))
 
 
 def test_offload_and_prefetch(scratch: Path) -> None:

@@ -56,6 +56,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the values, after checking that it meets one device; what is new is where it asks for, or where the others are."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     devices = {tensor.device for tensor in tensors if tensor.dim() or tensor.device != CPU}
+    if func is torch.ops.aten.index.Tensor and args[0].device != CPU:
+        devices.discard(CPU)  # indices may come from there
     asked = kwargs.pop("device", None)
     if len(devices) > 1 and func not in ACROSS and not func.__name__.startswith("_foreach_"):
         raise RuntimeError(f"expected all tensors on one device, {func} got {sorted(map(str, devices))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import Any
 
 import pytest
@@ -59,6 +60,43 @@ DECODERS = {"llama": llama, "llama, tied": tied_llama, "gpt2": gpt2}
 def test_decoders(make: Any) -> None:
     compare(make, lambda model: model(IDS, attention_mask=MASK).logits, PAIR)
     compare(make, lambda model: model.generate(IDS, attention_mask=MASK, max_new_tokens=5, do_sample=False), PAIR)
+
+
+def test_inputs_by_other_names() -> None:
+    def step(model: Any) -> Any:
+        return model(input_ids=IDS, attention_mask=MASK).logits, model(inputs_embeds=torch.ones(1, 3, 32)).logits
+
+    compare(llama, step, PAIR)
+
+
+class Tables(nn.Module):
+    """Takes a dict and a list, and returns a tuple with names, of what was never on one device."""
+
+    Result = namedtuple("Result", ["first", "rest"])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, batch: dict[str, Any], *, scale: list[torch.Tensor]) -> Any:
+        first = self.layers[0](batch["x"])
+        last = self.layers[3](first) * scale[0]
+        return self.Result(first, [last, {"masked": last[batch["mask"]], "text": "kept"}])
+
+
+def test_containers() -> None:
+    mask = torch.tensor([True, False, True])
+    where = []
+
+    def step(model: Any) -> Any:
+        result = model({"x": torch.ones(3, 8), "mask": mask}, scale=[torch.tensor([2.0])])
+        assert type(result) is Tables.Result
+        assert result.rest[1]["text"] == "kept"
+        where.append({result.first.device, result.rest[0].device, result.rest[1]["masked"].device})
+        return result
+
+    compare(Tables, step, PAIR)
+    assert where == [{CPU}, {CPU}]
 
 
 @pytest.mark.parametrize("devices", WITH_CPU, ids=str)

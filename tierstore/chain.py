@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from tierstore.backend import SourceBackend
-from tierstore.building import Disk, FastTier, GpuSize, closing_on_failure, disk_tier, memory_tier
-from tierstore.checkpoint.binding import Bound
-from tierstore.checkpoint.dividing import present_to_all
+from tierstore.building import GpuSize
 from tierstore.errors import MissingKeyError, TierStoreError
 from tierstore.parts import KeptDevices
 from tierstore.patch.attach import Attachment
 from tierstore.patch.chain import attach_all
-from tierstore.patch.regions import Region, StoredValue, find_regions, named_tensors
-from tierstore.patch.shares import Share, Shares, check_shares, share_out
-from tierstore.planning.policy import PolicyFactory
-from tierstore.registry import open_backend
+from tierstore.patch.regions import StoredValue, named_tensors
+from tierstore.patch.shares import Shares
 from tierstore.report import forecast_of, outlook, render
 from tierstore.running import Tiered, progress
 from tierstore.sharing import Common, divided
 from tierstore.sizes import Size, parse_size
 from tierstore.stats import LinkStats, Stats
 from tierstore.store import TieredStore
-from tierstore.tier import Tier
 
 Models = Mapping[str, torch.nn.Module]
 
@@ -49,15 +42,8 @@ class Chain(NamedTuple):
             store.close(flush=False)
 
 
-class Rows(NamedTuple):
-    """The tiers of each store, fastest first, and those among them that are common."""
-
-    tiers: list[list[Tier]]
-    commons: list[Common]
-
-
 class ChainTiered(Tiered):
-    """A session over several devices. `store` is that of the first one; statistics, reports and names are of all together."""
+    """A session over several devices. `store` is that of the first one, `stores` has all; statistics and names are of all together."""
 
     def __init__(
         self,
@@ -86,11 +72,6 @@ class ChainTiered(Tiered):
     @property
     def attachments(self) -> Sequence[Attachment]:
         return tuple(self._attachments)
-
-    @property
-    def stores(self) -> dict[str, TieredStore]:
-        """The store of each device, by the name of its fast tier."""
-        return {store.tiers[0].name: store for store in self._chain.stores}
 
     def close(self) -> None:
         if not self._open:
@@ -166,14 +147,22 @@ class ChainTiered(Tiered):
         if cpu is not None and ram is None:
             raise TierStoreError(f"there is no tier called 'cpu' to resize; there are {list(self.stats().tiers)}")
         total = None if cpu is None else parse_size(cpu)
+        before = {name: store.tiers[0].ledger.budget or 0 for name, store in self.stores.items() if name in budgets}
+        try:
+            self._resize_fast(budgets)
+            if ram is not None:
+                redivide(ram, self._chain, (ram.pool.budget or 0) if total is None else total)
+        except BaseException:
+            self._resize_fast(before)
+            raise
+
+    def _resize_fast(self, budgets: Mapping[str, int]) -> None:
         for attachment in self._attachments:
             fast = attachment.store.tiers[0]
             if fast.name in budgets:
                 if fast.ledger.used > budgets[fast.name]:
                     attachment.release_held()
                 attachment.store.resize(fast.name, budgets[fast.name])
-        if ram is not None and ram.pool.budget is not None:
-            redivide(ram, self._chain, ram.pool.budget if total is None else total)
 
     def _new_budgets(self, gpu: GpuSize | None) -> dict[str, int]:
         """Return the budgets asked for by the names of tiers; `TierStoreError` for a device that has none."""
@@ -232,112 +221,3 @@ def redivide(ram: Common, chain: Chain, total: int) -> None:
         ram.pool.budget = sum(before)
         raise
     ram.pool.budget = total
-
-
-# -- the beginning ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Below:
-    """What is below the fast tiers: `ram` bytes of memory, and the last tier with, for each store, the keys that it finds there."""
-
-    ram: int | None
-    last: Tier | None
-    finds: Sequence[Callable[[str], bool]] = ()
-
-
-def tiered_in_chain(
-    models: Models, fast: Sequence[FastTier], cpu: Size | None, disk: Disk | None, policy: str | PolicyFactory, holders: Iterable[object]
-) -> Tiered:
-    """Start a session of `models` on several devices, as `tiered` describes it."""
-    ram = None if cpu is None else parse_size(cpu)
-    shares = _shares(models, find_regions(named_tensors(models)), fast, ram, _disk_bytes(disk))
-    tops = [memory_tier(tier.name, tier.device, tier.nbytes) for tier in fast]
-    if disk is None:
-        return ChainTiered(models, _started(fast, shares, _rows(shares, tops, Below(ram, None)), policy), holders=holders)
-    last = disk_tier(disk)
-    with closing_on_failure(last.backend):
-        found = frozenset(key for key, _ in last.entries())
-        rows = _rows(shares, tops, Below(ram, last, [found.__contains__, *(frozenset[str]().__contains__ for _ in fast[1:])]))
-    return ChainTiered(models, _started(fast, shares, rows, policy), others=found, holders=holders)
-
-
-def over_checkpoint_in_chain(
-    models: Models,
-    source: SourceBackend,
-    bound: Bound,
-    fast: Sequence[FastTier],
-    cpu: Size | None,
-    policy: str | PolicyFactory,
-    holders: Iterable[object],
-) -> Tiered:
-    """The same for a model whose weights `source` has; it is closed with the session, and if this fails."""
-    with closing_on_failure(source):
-        regions = find_regions(named_tensors(models))
-        for region in regions:
-            for binding in region.bindings:
-                if id(binding.tensor) in bound.names:
-                    region.spec = bound.recipes[bound.names[id(binding.tensor)]].spec  # as it will be, after casts
-        ram = None if cpu is None else parse_size(cpu)
-        shares = _shares(models, regions, fast, ram, None)
-        tops = [memory_tier(tier.name, tier.device, tier.nbytes) for tier in fast]
-        recipes = [{name: bound.recipes[name] for name in _names(part, bound)} for part in shares.parts]
-        values = present_to_all(source, list(zip(recipes, tops, strict=True)))
-        keys = [frozenset(key for value in found.values() for key in value.keys) for found in values]
-        rows = _rows(shares, tops, Below(ram, Tier("disk", source), [own.__contains__ for own in keys]))
-    stored = {name: value for found in values for name, value in found.items()}
-    by_identity = {identity: stored[name] for identity, name in bound.names.items() if name in stored}
-    return ChainTiered(models, _started(fast, shares, rows, policy), by_identity, holders=holders)
-
-
-def _names(part: Share, bound: Bound) -> list[str]:
-    ids = (id(binding.tensor) for region in part.regions for binding in region.bindings)
-    return list(dict.fromkeys(bound.names[identity] for identity in ids if identity in bound.names))
-
-
-def _disk_bytes(disk: Disk | None) -> int | None:
-    """Return what the last tier may hold; None without limit."""
-    if disk is None:
-        return 0
-    return parse_size(disk[1]) if isinstance(disk, tuple) else None
-
-
-def _shares(models: Models, regions: Sequence[Region], fast: Sequence[FastTier], ram: int | None, disk: int | None) -> Shares:
-    """Divide the model; `BudgetError` if a part of it has no room. `disk`: the bytes of the last tier, None without limit."""
-    budgets = [tier.nbytes for tier in fast]
-    shares = share_out(models, regions, budgets)
-    names = ("+cpu" if ram is not None else "") + ("+disk" if disk else "")
-    check_shares(shares, [tier.name for tier in fast], budgets, None if disk is None else (ram or 0) + disk, names)
-    return shares
-
-
-def _rows(shares: Shares, tops: Sequence[Tier], below: Below) -> Rows:
-    """Return the tiers of each store, and those of them that are common."""
-    rows = [[top] for top in tops]
-    commons: list[Common] = []
-    if below.ram is not None:
-        commons.append(Common("cpu", open_backend("pinned"), below.ram))
-        needs = needs_of(shares, [top.ledger.budget or 0 for top in tops])
-        for row, part in zip(rows, divided(below.ram, needs, [part.nbytes for part in shares.parts]), strict=True):
-            row.append(commons[-1].tier(part))
-    if below.last is not None:
-        commons.append(Common(below.last.name, below.last.backend, below.last.ledger.budget))
-        for row, finds in zip(rows, below.finds, strict=True):
-            row.append(commons[-1].tier(None, finds))
-    return Rows(rows, commons)
-
-
-def _started(fast: Sequence[FastTier], shares: Shares, rows: Rows, policy: str | PolicyFactory) -> Chain:
-    """Open the stores; every tier is closed if one of them fails."""
-    stores: list[TieredStore] = []
-    try:
-        for row in rows.tiers:
-            stores.append(TieredStore(row, policy))  # noqa: PERF401  (what was opened has to be known when the next one fails)
-    except BaseException:
-        for store in stores:
-            store.close(flush=False)
-        for row in rows.tiers[len(stores) + 1 :]:  # the one that failed has closed its own
-            for tier in row:
-                tier.close()
-        raise
-    return Chain(stores, [tier.device for tier in fast], rows.commons, shares)

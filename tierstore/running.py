@@ -26,7 +26,7 @@ from tierstore.store import TieredStore
 class Tiered:
     """A running session, made by `tiered`. Afterwards the model is as it was, with values as last written.
 
-    `store` has all values; with several devices, those of the first one: `attachments` have the stores of all.
+    `store` has all values; with several devices it is that of the first one: each has its own, see `stores`.
     """
 
     def __init__(
@@ -56,6 +56,11 @@ class Tiered:
     def attachments(self) -> Sequence[Attachment]:
         """The ties to each store; one lives as long as anything that needs its store."""
         return (self._attachment,)
+
+    @property
+    def stores(self) -> dict[str, TieredStore]:
+        """The store of each device, by the name of its fast tier."""
+        return {attachment.store.tiers[0].name: attachment.store for attachment in self.attachments}
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         """A copy of a tiered model is plain and has no session."""

@@ -20,7 +20,7 @@ from tierstore.building import (
     memory_tier,
     memory_tiers,
 )
-from tierstore.chain import over_checkpoint_in_chain, tiered_in_chain
+from tierstore.chain_opening import over_checkpoint_in_chain, tiered_in_chain
 from tierstore.checkpoint.binding import Bound, bind
 from tierstore.checkpoint.dividing import present
 from tierstore.checkpoint.source import open_source

@@ -171,7 +171,10 @@ class _Together(TorchFunctionMode):
         self._frame = weakref.proxy(frame)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
+        if kwargs is None:
+            kwargs = {}
+        if _on_one_device(args) and (not kwargs or _on_one_device((*args, *kwargs.values()))):
+            return func(*args, **kwargs)
         frame: Frame = self._frame
         operands = [tensor for tensor in tensors_in((args, kwargs)) if frame.movable(tensor)]
         if len(operands) < 2 or len({tensor.device for tensor in operands}) < 2 or _goes_anywhere(func):
@@ -205,7 +208,7 @@ class CrossingScope(Scope):
         self._alone = len(places) == 1 and needs_arguments_only(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        alone = self._alone and not _hooked(self._module())
+        alone = self._alone and self._crossing.needed and not _hooked(self._module())
         return self._crossing.call(super().__call__, self._places, alone, args, kwargs)
 
 
@@ -216,6 +219,22 @@ def needs_arguments_only(module: torch.nn.Module) -> bool:
 
 def _hooked(module: torch.nn.Module | None) -> bool:
     return module is not None and any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def _on_one_device(values: Any) -> bool:
+    """True if all tensors among `values` are plainly on one device; a look that costs little, for most operations."""
+    device = None
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if device is None:
+                device = value.device
+            elif value.device != device:
+                return False
+        elif isinstance(value, dict) or (
+            isinstance(value, tuple | list) and any(isinstance(i, torch.Tensor | tuple | list) for i in value)
+        ):
+            return False
+    return True
 
 
 def _goes_anywhere(func: Any) -> bool:
