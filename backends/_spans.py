@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,7 @@ def addresses(nbytes: int, phase: int = 0) -> npt.NDArray[np.uint8]:
     return np.frombuffer(region, np.uint8, nbytes, -base % UNIT + phase)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Place:
     """Where a piece lies: `nbytes` from `start` on in `memory`, the array behind what `reserve` returned.
 
@@ -64,11 +65,11 @@ class Place:
     start: int
     nbytes: int
 
-    @property
+    @cached_property
     def address(self) -> int:
         return int(self.memory.ctypes.data) + self.start
 
-    @property
+    @cached_property
     def units(self) -> tuple[int, int]:
         """The addresses of its huge pages, first and last."""
         stop = self.address + self.nbytes

@@ -66,11 +66,16 @@ class RamBackend(DeviceBackend, DivisibleBackend):
 
     def allocate(self, key: str, spec: TensorSpec, phase: int = 0) -> torch.Tensor:
         place = self._places.get(key)
-        self._spans.collect()
-        self._arena.limit(self._most - self._spans.held)
-        tensor = super().allocate(key, spec, phase) if place is None else typed_view(self._spans.fill(place), spec)
+        if place is None:
+            self._spans.collect()
+            self._arena.limit(self._most - self._spans.held)
+            tensor = super().allocate(key, spec, phase)
+        else:
+            tensor = typed_view(self._spans.fill(place), spec)
         self._most = max(self._most, self._arena.live_bytes + self._spans.live)
-        self._spans.cool(self._arena.held_bytes + self._spans.held - self._most)
+        if self._arena.held_bytes + self._spans.held > self._most:
+            self._arena.limit(self._most - self._spans.held)
+            self._spans.cool(self._arena.held_bytes + self._spans.held - self._most)
         return tensor
 
     def adopt(self, key: str, tensor: torch.Tensor) -> None:

@@ -151,10 +151,10 @@ def sources(model: nn.Module) -> list[DividedSource]:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize(("pad", "share"), [(1, 0.5), (4096, 0.8)])
+@pytest.mark.parametrize(("pad", "share", "units"), [(1, 0.5, 1), (4096, 0.8, 1), (1, 0.8, 2)])
 @pytest.mark.parametrize("middle", [None, "4MiB"])
 def test_values_in_pieces(
-    dtype: torch.dtype | None, pad: int, share: float, middle: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype | None, pad: int, share: float, units: int, middle: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RamBackend, "piece_bytes", UNIT)
     torch.manual_seed(0)
@@ -168,11 +168,13 @@ def test_values_in_pieces(
     with on_meta():
         model = Wide()
     budget = int(nbytes(plain) * share)
+    monkeypatch.setattr("tierstore.pieces._SHARE", budget // (units * UNIT))
     tiers: dict[str, Any] = {"cpu": budget} if middle is None else {"gpu": budget, "cpu": middle}
     with pytest.warns(UserWarning, match="a_pad"):
         session = tiered(model, checkpoint=file, device="cpu", dtype=dtype, **tiers)
     with session, torch.no_grad():
         assert len(sources(model)) == 4
+        assert [len(source.stored) for source in sources(model)] == [-(-source.spec.nbytes // (units * UNIT)) for source in sources(model)]
         for _ in range(3):
             assert torch.equal(model(IDS), plain(IDS))
         saved = {name: torch.as_tensor(value).clone() for name, value in model.state_dict().items()}

@@ -22,6 +22,7 @@ from tierstore.backends._spans import UNIT, Place, Spans, reserve
 from tierstore.backends._units import Units
 from tierstore.backends.ram import RamBackend
 from tierstore.patch.stored import DividedSource
+from tierstore.pieces import piece_bytes
 from tierstore.spec import TensorSpec
 
 MIB = 1 << 20
@@ -260,6 +261,28 @@ def test_a_model_in_pieces_equals_the_plain_one(policy: str, share: float, middl
     with torch.no_grad():
         model.layers[0].weight.mul_(2)  # writable, and its own memory
         assert torch.equal(model.layers[0].weight, plain.layers[0].weight * 2)
+
+
+@pytest.mark.parametrize(
+    ("budget", "mebibytes"), [(None, 8), (0, 8), (100 * MIB, 8), (256 * MIB, 16), (300 * MIB, 16), (512 * MIB, 32), (1 << 40, 32)]
+)
+def test_pieces_are_large_where_there_is_room(budget: int | None, mebibytes: int) -> None:
+    assert piece_bytes(RamBackend(), budget) == mebibytes * MIB
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("small_pieces")
+def test_large_pieces(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Wide()
+    model = copy.deepcopy(plain)
+    budget = int(nbytes(model) * 0.6)
+    monkeypatch.setattr("tierstore.pieces._SHARE", budget // (3 * UNIT))
+    with tiered(model, cpu=budget, disk=scratch, device="cpu") as session:
+        assert [[entry.nbytes // UNIT for entry in source.stored] for source in sources(model)] == [[3, 1], [3, 2], [3, 2], [3, 1]]
+        for _ in range(6):
+            assert torch.equal(model(IDS), plain(IDS))
+        within_budget(session)
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
 
 
 @torch.no_grad()

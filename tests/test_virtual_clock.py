@@ -109,6 +109,66 @@ def test_one_link_reaches_its_bound(count: int, room: int, seconds_each: float, 
     run.store.close()
 
 
+def foretold(run: Run, keys: Sequence[str]) -> Lane:
+    lane = run.store.tiers[0].policy
+    assert isinstance(lane, Lane)
+    lane.foretell({key: run.sizes[key] for key in keys})
+    return lane
+
+
+@pytest.mark.parametrize("missing", [(), ("b0",), ("b3", "b30")])
+def test_a_foretold_order_is_fetched_ahead_in_the_first_pass(missing: tuple[str, ...]) -> None:
+    """Also where some of it is not used. Until it was right a few times in a row everything is waited for."""
+    keys = [key for key in blocks(80) if key not in missing]
+    run, other = (make_run(blocks(80), [200], [10.0]) for _ in range(2))
+    foretold(run, list(blocks(80)))
+    for each in (run, other):
+        each.use(keys, 1.0)
+    assert run.clock.now <= len(keys) + (1 + len(missing)) * 10 + 10, "waited for more than the first few, and what followed a gap"
+    assert other.clock.now == 2 * len(keys)
+    run.use(keys * 4, 1.0)
+    other.use(keys * 4, 1.0)
+    assert run.store.stats().links["slow->fast"].bytes <= other.store.stats().links["slow->fast"].bytes + 200
+
+
+@pytest.mark.parametrize("right", [0, 10])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_was_foretold_wrongly_is_soon_forgotten(seed: int, right: int) -> None:
+    """It costs what there was room for at most, no plan made of it stays, and no key counts as used at random for it."""
+    keys = list(blocks(80))
+    run, other = (make_run(blocks(80), [200], [10.0]) for _ in range(2))
+    lane = foretold(run, keys[:right] + random.Random(seed).sample(keys[right:], len(keys) - right))
+    for each in (run, other):
+        each.use(keys[: right + 30], 1.0)
+    assert lane.plan is None
+    for each in (run, other):
+        each.use(keys[right + 30 :] + keys, 1.0)
+    moved = [each.store.stats().links["slow->fast"].bytes for each in (run, other)]
+    room = 200 if right else 0
+    assert moved[0] <= moved[1] + room
+    assert not lane._schedule.predictor.erratic
+    assert run.clock.now <= other.clock.now + room / 10
+    assert run.settled(keys, 1.0) == other.settled(keys, 1.0)
+
+
+def test_a_plan_of_a_foretold_order_learns_what_computing_takes() -> None:
+    keys, seconds = list(blocks(40)), [5.0 if i % 8 == 0 else 0.2 for i in range(40)]
+    run, other = (make_run(blocks(40), [200], [10.0]) for _ in range(2))
+    lane = foretold(run, keys)
+    for each in (run, other):
+        each.use(keys, seconds)
+    blind = lane.plan
+    for each in (run, other):
+        each.use(keys * 4, seconds * 4)
+    assert blind is not None
+    assert run.store.plan is not None
+    assert blind.rest != run.store.plan.rest
+    took = [each.clock.now for each in (run, other)]
+    for each in (run, other):
+        each.use(keys * 4, seconds * 4)
+    assert run.clock.now - took[0] <= 1.01 * (other.clock.now - took[1])
+
+
 def test_a_copy_that_is_reported_too_early_is_found() -> None:
     """The defect that this file exists for, planted: values count as there when their copy has only begun."""
 

@@ -109,7 +109,8 @@ class MemoryBackend(VolatileBackend):
 class DivisibleBackend(MemoryBackend):
     """Memory in which a value may lie in pieces, each under a key of its own, which come and go by themselves.
 
-    Divided values make rings small: what streams need not be as large as what is computed with.
+    Divided values make rings small: what streams need not be as large as what is computed with. `piece_bytes`: the fewest
+    bytes in which it likes to take them; where there is much room a piece takes several times as many.
     """
 
     piece_bytes: int

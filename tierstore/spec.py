@@ -86,7 +86,7 @@ def storable(tensor: torch.Tensor) -> torch.Tensor:
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return the bytes that `tensor` spans as a 1-D uint8 tensor sharing its memory; works for every dtype."""
     offset = tensor.storage_offset() * tensor.dtype.itemsize
-    nbytes = TensorSpec.of(tensor).nbytes
+    nbytes = tensor.nbytes if tensor.is_contiguous() else TensorSpec.of(tensor).nbytes
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage(), offset, (nbytes,), (1,))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from tierstore.backend import DivisibleBackend, SourceBackend
 from tierstore.open_file import PAGE
 from tierstore.patch.regions import StoredValue
+from tierstore.pieces import piece_bytes
 from tierstore.recipe import Recipe, cut
 from tierstore.tier import Tier
 
@@ -38,10 +39,11 @@ def _presented(source: SourceBackend, recipes: Mapping[str, Recipe], fast: Tier)
     budget, backend = fast.ledger.budget, fast.backend
     if not isinstance(backend, DivisibleBackend) or budget is None or sum(recipe.spec.nbytes for recipe in recipes.values()) <= budget:
         return values, {}
+    size = piece_bytes(backend, budget)
     parts: dict[str, Recipe] = {}
     for name, recipe in recipes.items():
         phase = phase_of(source, name)
-        pieces = pieces_of(name, recipe, phase, backend)
+        pieces = pieces_of(name, recipe, phase, backend, size)
         if pieces:
             parts |= pieces
             values[name] = _placed(recipe, pieces, phase, backend)
@@ -54,12 +56,12 @@ def phase_of(source: SourceBackend, name: str) -> int:
     return 0 if extent is None else extent.offset % PAGE
 
 
-def pieces_of(name: str, recipe: Recipe, phase: int, backend: DivisibleBackend) -> dict[str, Recipe]:
-    """Return the recipe of each piece of a value by its key; none if the value cannot, or should not, be divided."""
+def pieces_of(name: str, recipe: Recipe, phase: int, backend: DivisibleBackend, size: int) -> dict[str, Recipe]:
+    """Return the recipe of each piece, of `size` bytes, of a value by its key; none if the value cannot, or should not, be divided."""
     nbytes = recipe.spec.nbytes
     if not backend.divides(phase + nbytes):
         return {}
-    parts = [cut(recipe, start, stop - start) for start, stop in _borders(nbytes, phase, backend.piece_bytes)]
+    parts = [cut(recipe, start, stop - start) for start, stop in _borders(nbytes, phase, size)]
     found = {f"{name}[{number}]": part for number, part in enumerate(parts) if part is not None}
     return found if len(found) == len(parts) else {}
 

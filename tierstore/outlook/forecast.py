@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from tierstore.outlook.weights import Part, Weight, Weights
 from tierstore.patch.attach import SHARE_OF_SMALL, SMALL
 from tierstore.patch.room import check_largest, smallest
+from tierstore.pieces import parts_per_piece
 from tierstore.planning.cycle import Cycle
 from tierstore.planning.plan import Plan, plan
 from tierstore.planning.schedule import FIXED_BYTES
@@ -101,8 +102,8 @@ def forecast(weights: Weights, rooms: Rooms, speeds: Speeds) -> Forecast:
     budget = next(iter(rooms.nbytes.values()))
     held = {weight.name: weight.nbytes for weight in _held(weights, budget)}
     trace = [name for name in weights.trace if name not in held]
-    divided = rooms.divided and weights.nbytes > budget
-    parts = {name: _pieces(weight, divided=divided) for name, weight in weights.by_name.items()}
+    divided = parts_per_piece(weights.part_bytes, budget) if rooms.divided and weights.nbytes > budget else None
+    parts = {name: _pieces(weight, divided) for name, weight in weights.by_name.items()}
     made = _plan(trace, parts, [budget - sum(held.values()), *list(rooms.nbytes.values())[1:], None], speeds)
     links = {link: _use(level, made, parts, rooms, speeds) for level, link in enumerate(rooms.links)}
     computing = None if speeds.computing is None else sum(weights.by_name[name].nbytes for name in weights.trace) / speeds.computing
@@ -129,7 +130,8 @@ def check_start(weights: Weights, rooms: Rooms) -> None:
 def smallest_rooms(weights: Weights, *, divided: bool) -> Smallest:
     """Return which fast tiers are enough for a model."""
     largest, (module, owned) = weights.largest(), weights.largest_owner()
-    used = [(part, weights.by_name[name].owners[0]) for name in weights.trace for part in _pieces(weights.by_name[name], divided=divided)]
+    finest = 1 if divided else None
+    used = [(part, weights.by_name[name].owners[0]) for name in weights.trace for part in _pieces(weights.by_name[name], finest)]
     parts, together = [part for part, _ in used], {part.key: owner for part, owner in used}
     cycle = Cycle([part.key for part in parts], [0.0] * len(parts), {part.key: part.nbytes for part in parts}, together)
     return Smallest(largest.nbytes, largest.name, owned, module, max(owned, cycle.ring(frozenset(), 2)))
@@ -143,8 +145,8 @@ def _held(weights: Weights, budget: int) -> list[Weight]:
     return smallest(weights.by_name.values(), room, SMALL)
 
 
-def _pieces(weight: Weight, *, divided: bool) -> tuple[Part, ...]:
-    return weight.parts if divided else weight.whole
+def _pieces(weight: Weight, parts: int | None) -> tuple[Part, ...]:
+    return weight.whole if parts is None else weight.pieces(parts)
 
 
 def _plan(trace: Sequence[str], parts: Mapping[str, Sequence[Part]], budgets: list[int | None], speeds: Speeds) -> Plan:

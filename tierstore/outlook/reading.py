@@ -93,7 +93,7 @@ def _of_model(make: _Maker, model: Any, note: str) -> Weights:
         names |= {id(binding.tensor): region.name for binding in region.bindings}
     found = [(path, names[id(tensor)]) for path, tensor in named if id(tensor) in names]
     trace = tuple(name for path, name in found if not (weights[name].row_bytes and _owner(path) in tables))
-    return Weights(weights, trace, f"the modules of {type(model).__name__}", (note,) if note else ())
+    return Weights(weights, trace, make.ram.piece_bytes, f"the modules of {type(model).__name__}", (note,) if note else ())
 
 
 def _owner(name: str) -> str:
@@ -116,7 +116,7 @@ class _Maker:
         """Return a weight; one without a recipe has its value in memory already, like a buffer that was computed."""
         if recipe is None:
             return Weight(name, spec, spec.nbytes, owners, (Part(name, spec.nbytes, spec.nbytes),))
-        pieces = pieces_of(name, recipe, phase_of(self.source, name), self.ram) or {name: recipe}
+        pieces = pieces_of(name, recipe, phase_of(self.source, name), self.ram, self.ram.piece_bytes) or {name: recipe}
         parts = tuple(Part(key, part.spec.nbytes, _file_bytes(part)) for key, part in pieces.items())
         row_bytes = spec.nbytes // spec.shape[0] if rows else 0
         return Weight(name, recipe.spec, _file_bytes(recipe), owners, parts, row_bytes)
@@ -136,7 +136,7 @@ def _of_files(make: _Maker, dtype: torch.dtype | None, why: str) -> Weights:
     source.bind(recipes)
     weights = {name: make.weight(name, recipes[name], recipes[name].spec, (_owner(name),)) for name in order}
     note = f"{why}: the order of use is taken to be the order in the files; ties, buffers and lookups of rows are not known"
-    return Weights(weights, tuple(order), "the files", (note,))
+    return Weights(weights, tuple(order), make.ram.piece_bytes, "the files", (note,))
 
 
 def _cast(tensor: Any, dtype: torch.dtype | None) -> CheckpointTensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tierstore.patch.room import most_owned
@@ -11,7 +11,7 @@ from tierstore.spec import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What comes and goes as one: a weight, or a piece of it. `nbytes` in memory, `file_bytes` to be read for it."""
+    """What comes and goes as one: a weight, or a part of it. `nbytes` in memory, `file_bytes` to be read for it."""
 
     key: str
     nbytes: int
@@ -22,7 +22,7 @@ class Part:
 class Weight:
     """One entry of the store: `spec` as it is in memory, tied tensors being one entry.
 
-    `owners`: paths of the modules that have it. `parts`: how it would move where the fast tier is RAM of the CPU.
+    `owners`: paths of the modules that have it. `parts`: how it could move at the finest where the fast tier is RAM of the CPU.
     `row_bytes`: of one row, if rows are read by themselves where a module looks them up, for which nothing else moves; else 0.
     """
 
@@ -42,16 +42,22 @@ class Weight:
         """The weight as the only part of itself, which is how it moves on an accelerator."""
         return (Part(self.name, self.nbytes, self.file_bytes),)
 
+    def pieces(self, parts: int) -> tuple[Part, ...]:
+        """Return the weight in pieces of so many parts."""
+        return tuple(_joined(self.parts[start : start + parts]) for start in range(0, len(self.parts), parts))
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
     """The weights of a model by name; `trace` has the names in order of use in one pass.
 
-    `order` says where that order comes from, `notes` what a reader should know about it.
+    `part_bytes`: of each part of a divided weight, except that the first and the last one may be smaller. `order` says where the
+    order in `trace` comes from, `notes` what a reader should know about it.
     """
 
     by_name: Mapping[str, Weight]
     trace: tuple[str, ...]
+    part_bytes: int
     order: str
     notes: tuple[str, ...]
 
@@ -66,3 +72,7 @@ class Weights:
     def largest_owner(self) -> tuple[str, int]:
         """Return the module whose own weights take the most bytes together, and these bytes."""
         return most_owned((owner, weight.nbytes) for weight in self.by_name.values() for owner in weight.owners)
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    return Part(parts[0].key, sum(part.nbytes for part in parts), sum(part.file_bytes for part in parts))

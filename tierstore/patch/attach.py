@@ -25,6 +25,7 @@ from tierstore.patch.swap import replace_content
 from tierstore.patch.tensor import tiered_class
 from tierstore.patch.watch import watch
 from tierstore.patch.wrapper import Wrapper
+from tierstore.planning.policy import Foresight
 from tierstore.spec import raw_bytes, typed_view
 from tierstore.store import TieredStore
 
@@ -76,6 +77,7 @@ class Attachment(StoreHost):
         except BaseException:
             self.detach()
             raise
+        self._foretell()
         self._handles = watch(self)
         self.pressure.begin()
 
@@ -104,6 +106,13 @@ class Attachment(StoreHost):
         """Give a module of ours its scope, if it needs one."""
         if not self.holds_all:
             install_scope(module, self)
+
+    def _foretell(self) -> None:
+        """Tell the policy in which order the tensors will probably be used first: that of the modules that own them."""
+        policy = self.moves.tiers[0].policy
+        if isinstance(policy, Foresight):
+            with self.moves.lock:
+                policy.foretell({key: self.moves.entries[key].nbytes for root in self.roots.values() for key in self.keys_of(root)})
 
     def _staying(self, regions: list[Region]) -> dict[Region, None]:
         """Return those of `regions` that are held, smallest first."""

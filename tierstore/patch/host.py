@@ -20,6 +20,7 @@ from tierstore.patch.pressure import Pressure
 from tierstore.patch.regions import StoredValue
 from tierstore.patch.source import Host, Source
 from tierstore.patch.stored import DividedSource, EntrySource, StoredSource, Whole
+from tierstore.pieces import piece_bytes
 from tierstore.spec import TensorSpec, raw_bytes, storable, typed_view
 from tierstore.store import TieredStore
 from tierstore.writing import Moves
@@ -70,8 +71,9 @@ class StoreHost(Host):
     def _adopt_pieces(self, name: str, tensor: torch.Tensor, spec: TensorSpec, backend: DivisibleBackend) -> DividedSource:
         """Put a value into the store in pieces, which come and go by themselves and lie side by side where all are resident."""
         memory, raw = backend.reserve(spec.nbytes), raw_bytes(storable(tensor))
-        starts = range(0, spec.nbytes, backend.piece_bytes)
-        parts = {f"{name}[{number}]": raw[start : start + backend.piece_bytes] for number, start in enumerate(starts)}
+        size = piece_bytes(backend, self.moves.tiers[0].ledger.budget)
+        starts = range(0, spec.nbytes, size)
+        parts = {f"{name}[{number}]": raw[start : start + size] for number, start in enumerate(starts)}
         backend.place(memory, {key: part.nbytes for key, part in parts.items()})
         whole = Whole(memory, spec)
         for key, part in parts.items():

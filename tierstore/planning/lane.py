@@ -6,7 +6,7 @@ One `Schedule` sees every access and has the plan; each tier but the last has a 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tierstore.planning.plan import Plan
 from tierstore.planning.policy import Foresight
@@ -101,6 +101,9 @@ class Lane(Foresight):
 
     def would_move(self, budget: int) -> int | None:
         return self._schedule.would_move(self._level, budget)
+
+    def foretell(self, sizes: Mapping[str, int]) -> None:
+        self._schedule.foretell(sizes)
 
     def together(self, keys: Sequence[str]) -> None:
         self._schedule.together.update(dict.fromkeys(keys, keys[0]))

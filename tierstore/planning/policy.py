@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tierstore.planning.plan import Plan
 
@@ -53,6 +53,9 @@ class Foresight(Policy):
     @abstractmethod
     def would_move(self, budget: int) -> int | None:
         """Return the bytes that one repetition would bring into the tier with another budget; None as long as nothing is known."""
+
+    def foretell(self, sizes: Mapping[str, int]) -> None:
+        """Nothing was used yet; these keys probably will be, in this order, each of so many bytes."""
 
     @abstractmethod
     def together(self, keys: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from itertools import repeat
 _CONTEXT = 32  # how many accesses before two occurrences of a key are compared to choose between them
 _CANDIDATES = 32  # how many occurrences are compared
 _ERRATIC_FAILURES = 3
+_WRONG = 3  # guesses that were foretold; with as many wrong ones the rest is worth nothing
 _SHORT_RUN = 48  # guesses right in a row; a longer run that ends is a change of phase, not a key that depends on data
 
 
@@ -19,6 +20,9 @@ class Predictor:
     history that the present repeats; what came after it then is expected now. An access that was not expected is no error:
     the pointer moves to the occurrence of that key with the longest equal past. So phases that take turns (a prefill, the
     steps of decoding, the models of a pipeline) are each recognised by how they begin, and nothing marks the end of a pass.
+
+    Before the first access somebody may `foretell` what will be used, such as the weights of a model in the order of its
+    modules. It stands in the history like a past that happened, until it was wrong a few times.
 
     Keys whose accesses depend on data, such as the experts of a mixture, are found by how often the guess fails, and left
     out of the history.
@@ -36,12 +40,30 @@ class Predictor:
         self._failures: dict[str, int] = {}
         self._failed_at: deque[int] = deque(maxlen=64)  # at which accesses guesses failed
         self._seen = 0
+        self._foretold = 0  # how many positions of `history` have not happened
+        self._wrong = 0
         self.on_trim: Callable[[int], None] | None = None  # told how many positions were cut off at the front
+
+    def foretell(self, keys: Sequence[str]) -> None:
+        """Expect accesses to happen in this order; to be called before the first one."""
+        for key in keys:
+            self._append(key, self._latest.get(key, -1))
+        self._foretold = len(self.history)
 
     @property
     def period(self) -> int | None:
         """How many accesses ago the present happened last; None while nothing repeats."""
         return None if self.pointer is None else len(self.history) - 1 - self.pointer
+
+    @property
+    def foretold(self) -> bool:
+        """True unless nothing was foretold, or it was wrong."""
+        return self._foretold > 0
+
+    @property
+    def guessing(self) -> bool:
+        """True while what is expected next was foretold, and has not happened before."""
+        return self.pointer is not None and self.pointer + 1 < self._foretold
 
     def sure(self, enough: int) -> bool:
         """True if the last guesses were right: all of a period, or `enough`, and as many again for each that failed lately."""
@@ -69,6 +91,7 @@ class Predictor:
             return True
         self._seen += 1
         expected = self._expected()
+        guessed = self.guessing
         before = self._latest.get(key, -1)
         self._append(key, before)
         if expected == key:
@@ -76,14 +99,24 @@ class Predictor:
             self.pointer += 1
             self.matched += 1
             return True
-        if expected is not None:
-            self._failed_at.append(self._seen)
-        if expected is not None and before >= 0 and self.matched < _SHORT_RUN:  # a key never seen before says nothing of either
-            self._failed(expected)
-            self._failed(key)
+        self._missed(expected, key, guessed=guessed, known=before >= 0)
         self.matched = 0
         self.pointer = self._resume()
         return False
+
+    def _missed(self, expected: str | None, key: str, *, guessed: bool, known: bool) -> None:
+        """Take note of a wrong guess; one that was foretold says nothing of how regular accesses are."""
+        if expected is None:
+            return
+        if guessed:
+            self._wrong += 1
+            if self._wrong == _WRONG:
+                self._trim(self._foretold)
+            return
+        self._failed_at.append(self._seen)
+        if known and self.matched < _SHORT_RUN:  # a key never seen before says nothing of either
+            self._failed(expected)
+            self._failed(key)
 
     def see_expected(self, keys: list[str]) -> bool:
         """Record several accesses at once, none of them erratic, if each is the expected one; else do nothing and return False."""
@@ -123,6 +156,7 @@ class Predictor:
 
     def _trim(self, cut: int) -> None:
         del self.history[:cut]
+        self._foretold = max(0, self._foretold - cut)
         self._previous = [max(position - cut, -1) for position in self._previous[cut:]]
         self._latest = {key: position - cut for key, position in self._latest.items() if position >= cut}
         self.pointer = None if self.pointer is None or self.pointer < cut else self.pointer - cut

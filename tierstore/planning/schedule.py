@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from tierstore.planning.plan import Plan, plan
@@ -11,6 +11,7 @@ from tierstore.planning.predictor import Predictor
 from tierstore.planning.shadow import Shadowed
 
 _ENOUGH = 32  # expected accesses in a row after which a repetition is believed; fewer if all of it is shorter
+_ENOUGH_OF_FORETOLD = 8
 _FEWEST = 4
 _BETTER = 0.98  # a new plan replaces one that moves at least this much less
 FIXED_BYTES = 512 << 10  # what a transfer costs on top of its bytes: 0.2 ms at 2.5 GB/s from a disk, or 10 us at 50 GB/s
@@ -50,6 +51,8 @@ class Schedule:
         self._last: tuple[str, float] | None = None  # which key was used, and when
         self._fixed_bytes = fixed_bytes
         self._considered: int | None = None  # the period for which a plan was made last
+        self._guessed = False  # the plan at hand was made of what was foretold
+        self._untimed = False  # the plan at hand is the first one, and was made before anything was known of durations
         self._squeezed = 0  # bytes that should have stayed and had to leave, in this repetition
         self._extra = 0  # bytes left free for them since
         self._until_check = 0
@@ -60,12 +63,20 @@ class Schedule:
         self.lanes.append(lane)
         return len(self._upper)
 
+    def foretell(self, sizes: Mapping[str, int]) -> None:
+        """Expect uses in this order, if there was none yet."""
+        if not self.predictor.history:
+            self.sizes.update(sizes)
+            self.predictor.foretell(list(sizes))
+
     def seen(self, key: str) -> None:
         """Record a use."""
         self._time(key)
         expected = self.predictor.see(key)
         if not expected:
             self._considered = None
+            if self._guessed and not self.predictor.foretold:
+                self._adopt(None)
         for lane in self._upper:
             lane.passed(key, expected=expected)
         if expected:
@@ -109,7 +120,7 @@ class Schedule:
         """As many uses were expected: look whether it is time for another plan."""
         self._until_check -= count
         period = self.predictor.period
-        if period is not None and (period != self._considered or (self._until_check <= 0 and self._squeezed)):
+        if period is not None and (period != self._considered or (self._until_check <= 0 and (self._squeezed or self._untimed))):
             self._consider(period)
 
     def rest(self, key: str) -> int | None:
@@ -130,9 +141,10 @@ class Schedule:
 
     def _consider(self, period: int) -> None:
         """Make a plan for the repetition at hand, and follow it if it moves less than the present one does."""
-        if self.predictor.matched < _FEWEST or not self.predictor.sure(_ENOUGH):
+        enough = _ENOUGH_OF_FORETOLD if self.predictor.guessing else _ENOUGH
+        if self.predictor.matched < _FEWEST or not self.predictor.sure(enough):
             return
-        squeezed = bool(self._squeezed)
+        outdated = bool(self._squeezed or self._untimed)
         self._considered, self._until_check = period, period
         self._extra, self._squeezed = self._extra + self._squeezed, 0
         cycle = [key for key in self.predictor.cycle() if key in self.sizes]
@@ -140,8 +152,10 @@ class Schedule:
         if budgets is None:
             return
         new = self._plan(cycle, budgets)
-        if squeezed or self._improves(new, cycle):
+        self._untimed = self.plan is None and self._seconds(cycle) is None
+        if outdated or self._improves(new, cycle):
             self._adopt(new)
+            self._guessed = self.predictor.guessing
 
     def _budgets(self, cycle: list[str]) -> list[int | None] | None:
         """Return the budgets to plan with, None if an entry alone exceeds the first."""
@@ -177,7 +191,7 @@ class Schedule:
         return new.link_bytes[0] < _BETTER * now or (unknown and new.link_bytes[0] <= now)
 
     def _adopt(self, new: Plan | None) -> None:
-        self.plan = new
+        self.plan, self._guessed = new, False
         for lane in self.lanes:
             lane.sort_out()
 
