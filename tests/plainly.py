@@ -56,8 +56,15 @@ def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: torch.as_tensor(t.detach()).clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
-def compare(make: Callable[[], torch.nn.Module], step: Step, disk: Path, *, grad: bool = True) -> Tiered:
-    """Run `step` on a plain model and on an equal tiered one; results, gradients, state and what remains must be the same."""
+def compare(
+    make: Callable[[], torch.nn.Module],
+    step: Step,
+    disk: Path,
+    *,
+    grad: bool = True,
+    start: Callable[[torch.nn.Module, Path], Tiered] = under_pressure,
+) -> Tiered:
+    """Run `step` on a plain model and on an equal one that `start` tiers; results, gradients, state and what remains are the same."""
     torch.manual_seed(0)
     plain = make()
     torch.manual_seed(0)
@@ -68,7 +75,7 @@ def compare(make: Callable[[], torch.nn.Module], step: Step, disk: Path, *, grad
         expected = step(plain)
     expected_random = torch.rand(1)
     torch.manual_seed(1)
-    with under_pressure(model, disk) as session, torch.set_grad_enabled(grad):
+    with start(model, disk) as session, torch.set_grad_enabled(grad):
         result = step(model)
         assert torch.equal(torch.rand(1), expected_random), "random numbers differ"
         assert same(result, expected), "results differ"

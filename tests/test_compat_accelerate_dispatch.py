@@ -146,7 +146,7 @@ def test_moving_a_dispatched_model(scratch: Path) -> None:
         ({}, ModelError, "gives no device for 0.weight"),
         ("auto", ModelError, "infer_auto_device_map"),
         ({"": "cpu", "3": "disk"}, ModelError, "puts 3 on disk; give offload_dir"),
-        ({"": "cpu", "3": 0, "4": 1}, TierStoreError, "2 accelerators .*cannot share a model yet"),
+        ({"": "cpu", "3": "cuda:0", "4": "xpu:1"}, TierStoreError, "accelerators of several types .*cannot share a model"),
         ({"": "gpu"}, BackendError, "'gpu' is no place for weights"),
         ({"": -1}, BackendError, "no place"),
         ({"": "meta"}, BackendError, "no place"),
@@ -286,10 +286,10 @@ def test_bad_requests(tmp_path: Path) -> None:
     bad: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"device_map": "best"}, ModelError, "give one of auto, balanced, balanced_low_0, sequential"),
         ({"device_map": {"0": "cpu"}}, ModelError, "gives no device for"),
-        ({"device_map": "auto", "max_memory": {0: "1MB", 1: "1MB"}}, TierStoreError, "2 accelerators"),
+        ({"device_map": "auto", "max_memory": {"cuda:0": "1MB", "xpu:1": "1MB"}}, TierStoreError, "accelerators of several types"),
         ({"device_map": "auto", "max_memory": {"cpu": "much"}}, SizeError, "'much' is not a size"),
         ({"device_map": "auto", "max_memory": {"ram": 3}}, BackendError, "'ram' is no place"),
-        ({"device_map": "auto", "max_memory": {0: "1MB"}, "main_device": "cuda:1"}, TierStoreError, "2 accelerators"),
+        ({"device_map": "auto", "max_memory": {0: "1MB"}, "main_device": "cuda:1"}, TierStoreError, "not among the accelerators"),
         ({"device_map": "auto", "dtype": "flot16"}, UnsupportedTensorError, "'flot16' is no dtype"),
         ({"broadcast_from_rank0": True}, ModelError, "needs several processes"),
     ]
@@ -396,8 +396,7 @@ def test_memory_that_nobody_names() -> None:
     assert get_balanced_memory(make(), {"cpu": "1KiB", 0: "2KiB"}) == {0: 2048, "cpu": 1024}
     if not torch.accelerator.is_available():
         assert infer_auto_device_map(make()) == {"": "cpu"}
-    with pytest.raises(TierStoreError, match="2 accelerators"):
-        get_balanced_memory(make(), {0: 1, 1: 1})
+    assert get_balanced_memory(make(), {"cpu": 3, 1: 1, 0: 2}) == {1: 1, 0: 2, "cpu": 3}
 
 
 def test_sizes_are_those_of_accelerate() -> None:
@@ -433,3 +432,48 @@ def test_a_variable_says_what_of_buffers(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv("ACCELERATE_INIT_INCLUDE_BUFFERS", value)
         with init_empty_weights():
             assert nn.BatchNorm1d(4).running_mean.device.type == expected
+
+
+# -- several accelerators -----------------------------------------------------------------------------------------------
+
+
+def test_a_map_with_two_accelerators(scratch: Path) -> None:
+    """On the CPU both are RAM: each gets the bytes of its part of the map, and room for what passes through."""
+    device_map = {"0": 0, "1": 1, "2": 1, "3": "cpu", "4": "disk", "5": "disk", "6": "cpu"}
+    model = dispatch_model(make(), device_map, "cpu", offload_dir=scratch)
+    assert model.hf_device_map == device_map
+    sizes = Sizes(make(), Casts())
+    passing = sizes.passing(offload_buffers=False)
+    norm = TOTAL - 6 * LAYER
+    assert budgets(model) == {"gpu:0": LAYER + passing, "gpu:1": 2 * LAYER + passing, "cpu": LAYER + norm, "disk": None}
+    assert {model.tiered.tier_of("0.weight"), model.tiered.tier_of("5.weight")} <= {"gpu:0", "gpu:1", "cpu", "disk"}
+    for _ in range(3):
+        assert torch.equal(model(X), make()(X))
+    assert within(model)
+    remove_hook_from_module(model)
+    assert same_weights(model)
+
+
+def same_weights(model: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(model.parameters(), make().parameters(), strict=True))
+
+
+def test_a_map_with_accelerators_only() -> None:
+    model = dispatch_model(make(), {"": 0, "3": 1, "4": 1, "5": 1}, "cpu")
+    assert list(budgets(model)) == ["gpu:0", "gpu:1"]
+    assert torch.equal(model(X), make()(X))
+    assert set(model.tiered.tier_map.values()) == {"gpu:0", "gpu:1"}
+
+
+def test_a_checkpoint_on_two_accelerators(tmp_path: Path, scratch: Path) -> None:
+    folder = write_shards(tmp_path / "c", make().state_dict())
+    memory = {1: LAYER + 2000, 0: 2 * LAYER, "cpu": LAYER}
+    model = load_checkpoint_and_dispatch(empty(), folder, "auto", memory, main_device="cpu", offload_folder=scratch)
+    assert budgets(model) == {"gpu:1": LAYER + 2000, "gpu:0": 2 * LAYER, "cpu": LAYER, "disk": None}
+    assert model.hf_device_map == infer_auto_device_map(make(), memory)
+    for _ in range(3):
+        assert torch.equal(model(X), make()(X))
+    assert within(model)
+    assert model.tiered.tier_of("0.weight") != "gpu:0"
+    remove_hook_from_module(model)
+    assert same_weights(model)

@@ -14,14 +14,14 @@ SOURCE = Path(__file__).parents[1] / "tierstore"
 # bottom first; modules of one layer may import one another, without a cycle
 LAYERS = (
     {"errors", "sizes", "spec", "recipe", "devices", "shield", "file_system", "checksum", "open_file"},
-    {"backend", "registry", "maintenance"},
+    {"backend", "registry", "maintenance", "pieces"},
     {"ledger", "planning"},
-    {"entry", "tier", "building", "stats", "timeline", "picture", "transfer", "machine"},
+    {"entry", "tier", "sharing", "building", "stats", "timeline", "picture", "transfer", "machine"},
     {"residency", "flights", "leasing", "writing", "lease"},
     {"store"},
     {"report"},
     {"patch"},
-    {"parts", "session", "training", "checkpoint", "pretrained", "outlook", "compat"},
+    {"parts", "running", "chain", "chain_opening", "session", "training", "checkpoint", "pretrained", "outlook", "compat"},
     {"commands", "__main__", "testing"},
 )
 

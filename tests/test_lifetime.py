@@ -13,7 +13,7 @@ from torch import nn
 
 from tierstore import ModelError, tiered
 from tierstore.patch.watch import is_watched
-from tierstore.session import close_when_unused
+from tierstore.running import close_when_unused
 
 
 def model() -> nn.Sequential:

@@ -33,7 +33,8 @@ from tierstore.planning.classic import LRU
 from tierstore.planning.policy import Policy
 from tierstore.pretrained import from_pretrained
 from tierstore.registry import backend_class, backend_names, open_backend
-from tierstore.session import Tiered, tiered
+from tierstore.running import Tiered
+from tierstore.session import tiered
 from tierstore.sizes import format_size, parse_size
 from tierstore.spec import TensorSpec
 from tierstore.stats import LinkStats, Stats, TierStats

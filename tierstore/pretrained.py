@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tierstore.backend import SourceBackend
-from tierstore.building import choose_device
+from tierstore.building import Disk, GpuSize, closing_on_failure
 from tierstore.checkpoint.binding import Bound
 from tierstore.checkpoint.lazy import CheckpointTensor
 from tierstore.checkpoint.library import load_unread
@@ -23,7 +23,8 @@ from tierstore.patch.regions import named_tensors
 from tierstore.planning.names import policy_factory
 from tierstore.planning.policy import PolicyFactory
 from tierstore.recipe import Recipe
-from tierstore.session import Budgets, Disk, close_when_unused, closing_on_failure, over_checkpoint
+from tierstore.running import close_when_unused
+from tierstore.session import budgets_of, over_checkpoint
 from tierstore.sizes import Size
 
 _OURS = ("device_map", "max_memory", "offload_folder", "state_dict", "gguf_file", "output_loading_info", "ignore_mismatched_sizes")
@@ -33,7 +34,7 @@ def from_pretrained(
     auto_class: Any,
     checkpoint: str | os.PathLike[str],
     *,
-    gpu: Size | None = None,
+    gpu: GpuSize | None = None,
     cpu: Size | None = None,
     disk: Disk | None = None,
     device: str | torch.device | None = None,
@@ -58,7 +59,7 @@ def from_pretrained(
     if refused:
         raise CheckpointError(f"{', '.join(refused)} cannot be given here: gpu=, cpu= and disk= say where weights go")
     policy_factory(policy)
-    budgets = Budgets(choose_device(device, gpu), gpu, cpu, policy)
+    budgets = budgets_of(device, gpu, cpu, policy)
     folder = local_path(checkpoint, disk[0] if isinstance(disk, tuple) else disk)
     source = open_source(folder, disk)
     with closing_on_failure(source):

@@ -58,7 +58,7 @@ def render(stats: Stats, forecast: Forecast | None = None, *, holds_all: bool, d
     console.print(links if links.row_count else "no bytes have moved between tiers")
     console.print(_summary(stats, holds_all))
     if forecast is not None and not holds_all:
-        for line in _outlook(stats, forecast):
+        for line in outlook(stats, forecast):
             console.print(line)
     return out.getvalue().rstrip() + "\n"
 
@@ -96,7 +96,7 @@ def _summary(stats: Stats, holds_all: bool) -> str:
     return f"{asked} accesses, {rate} hits, {stats.evictions} evictions, {stats.stall_seconds:.3f} s waited for bytes{left}"
 
 
-def _outlook(stats: Stats, forecast: Forecast) -> Iterator[str]:
+def outlook(stats: Stats, forecast: Forecast) -> Iterator[str]:
     """Yield prediction beside measurement, what limits the run, and what more memory would buy."""
     link = stats.links[forecast.link]
     rate = link.bytes / link.seconds if link.seconds else 0.0

@@ -24,6 +24,9 @@ class LinkStats:
     seconds: float
     copies: int
 
+    def __add__(self, other: LinkStats) -> LinkStats:
+        return LinkStats(self.bytes + other.bytes, self.seconds + other.seconds, self.copies + other.copies)
+
 
 @dataclass(frozen=True, slots=True)
 class Stats:

@@ -59,7 +59,7 @@ class TieredStore:
                 self._find_stored(level)
         except BaseException:
             for tier in tiers:
-                tier.backend.close()
+                tier.close()
             raise
 
     @classmethod
@@ -279,7 +279,7 @@ class TieredStore:
                 return
         self._moves.engine.close()
         for tier in self._moves.tiers:
-            tier.backend.close()
+            tier.close()
 
     def timeline(self, file: str | os.PathLike[str]) -> None:
         """Write what moved when, what was waited for, and the bytes in each tier over time, for Perfetto or chrome://tracing.
@@ -313,7 +313,7 @@ class TieredStore:
     def _find_stored(self, level: int) -> None:
         """Take over what a persistent tier held before; a faster tier's value is the newer one."""
         tier = self._moves.tiers[level]
-        for key, spec in tier.backend.entries():
+        for key, spec in tier.entries():
             if not tier.found(key, spec.nbytes):
                 raise BudgetError(
                     f"opening what {tier.name!r} already holds", tier=tier.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tierstore.backend import Backend, DistantBackend, MemoryBackend, ReadOnlyBackend, SizingBackend, VolatileBackend
 from tierstore.errors import TierStoreError
@@ -10,6 +10,7 @@ from tierstore.ledger import Ledger
 from tierstore.planning.classic import LRU
 from tierstore.planning.policy import Policy
 from tierstore.sizes import Size, parse_size
+from tierstore.spec import TensorSpec
 
 
 class Tier:
@@ -37,6 +38,14 @@ class Tier:
 
     def __repr__(self) -> str:
         return f"Tier({self.name!r}, {type(self.backend).__name__}, budget={self.ledger.budget})"
+
+    def entries(self) -> Iterable[tuple[str, TensorSpec]]:
+        """Yield key and spec of what the store finds there when it opens."""
+        return self.backend.entries()
+
+    def close(self) -> None:
+        """Close the backend; called once, last."""
+        self.backend.close()
 
     @property
     def memory(self) -> bool:
@@ -81,7 +90,7 @@ class Tier:
     def held_bytes(self) -> int:
         """Return what everything takes that the backend lists."""
         backend = self.backend
-        return sum(backend.stored_bytes(key) if isinstance(backend, SizingBackend) else spec.nbytes for key, spec in backend.entries())
+        return sum(backend.stored_bytes(key) if isinstance(backend, SizingBackend) else spec.nbytes for key, spec in self.entries())
 
     def outdate(self, key: str, nbytes: int) -> None:
         """Keep count of a copy, whose tensor spans `nbytes`, as an outdated one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from tierstore.backend import DivisibleBackend, SourceBackend
 from tierstore.open_file import PAGE
@@ -18,21 +18,36 @@ def present(source: SourceBackend, recipes: Mapping[str, Recipe], fast: Tier) ->
     Where not all of them fit into `fast`, each one that it divides, and whose bytes lie in a file in their order (a cast may
     come between), is presented in pieces.
     """
-    source.bind(recipes)
-    whole = {name: StoredValue(recipe.spec, (name,)) for name, recipe in recipes.items()}
+    return present_to_all(source, [(recipes, fast)])[0]
+
+
+def present_to_all(source: SourceBackend, shares: Sequence[tuple[Mapping[str, Recipe], Tier]]) -> list[dict[str, StoredValue]]:
+    """The same for several stores, each with values of its own and its first tier."""
+    parts = {name: recipe for recipes, _ in shares for name, recipe in recipes.items()}
+    source.bind(parts)
+    found = [_presented(source, recipes, fast) for recipes, fast in shares]
+    pieces = {key: part for _, divided in found for key, part in divided.items()}
+    if pieces:
+        whole = {value.keys[0] for values, _ in found for value in values.values() if value.memory is None}
+        source.bind({name: recipe for name, recipe in parts.items() if name in whole} | pieces)
+    return [values for values, _ in found]
+
+
+def _presented(source: SourceBackend, recipes: Mapping[str, Recipe], fast: Tier) -> tuple[dict[str, StoredValue], dict[str, Recipe]]:
+    """Return how `source` presents values to the store of `fast`, by their names, and the pieces of those that are divided."""
+    values = {name: StoredValue(recipe.spec, (name,)) for name, recipe in recipes.items()}
     budget, backend = fast.ledger.budget, fast.backend
     if not isinstance(backend, DivisibleBackend) or budget is None or sum(recipe.spec.nbytes for recipe in recipes.values()) <= budget:
-        return whole
+        return values, {}
     size = piece_bytes(backend, budget)
     parts: dict[str, Recipe] = {}
-    values: dict[str, StoredValue] = {}
     for name, recipe in recipes.items():
         phase = phase_of(source, name)
         pieces = pieces_of(name, recipe, phase, backend, size)
-        parts |= pieces or {name: recipe}
-        values[name] = _placed(recipe, pieces, phase, backend) if pieces else whole[name]
-    source.bind(parts)
-    return values
+        if pieces:
+            parts |= pieces
+            values[name] = _placed(recipe, pieces, phase, backend)
+    return values, parts
 
 
 def phase_of(source: SourceBackend, name: str) -> int:

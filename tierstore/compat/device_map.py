@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tierstore.compat.places import CPU, DISK, Name, Place, place_of, the_accelerator
+from tierstore.compat.places import CPU, DISK, Name, Place, accelerators, place_of
 from tierstore.errors import ModelError, listed
 from tierstore.machine.limits import available_ram
 from tierstore.patch.regions import find_regions, named_tensors
@@ -93,7 +93,7 @@ def check_device_map(model: torch.nn.Module, device_map: DeviceMap) -> dict[str,
         names = listed(lacking, _SHOWN)
         raise ModelError(f"device_map gives no device for {names}; add these, a module that contains them, or the key '' for all")
     places = {key: place_of(name) for key, name in device_map.items()}
-    the_accelerator(places.values())
+    accelerators(places.values())
     return places
 
 

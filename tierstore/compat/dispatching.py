@@ -7,15 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from tierstore.checkpoint.source import open_source
 from tierstore.compat.device_map import Casts, DeviceMap, Sizes, bytes_by_place, check_device_map, fill_in_order, ram_for
 from tierstore.compat.hooks import Dispatch, align
 from tierstore.compat.inferring import dtype_of
-from tierstore.compat.places import CPU, DISK, Name, Place, device_of, place_of, read_max_memory, the_accelerator
+from tierstore.compat.places import CPU, DISK, Name, Place, accelerators, device_of, place_of, read_max_memory
 from tierstore.compat.values import take_values
 from tierstore.devices import compute_device
-from tierstore.errors import CheckpointError, ModelError
+from tierstore.errors import CheckpointError, ModelError, TierStoreError
 from tierstore.patch.regions import check_modules
 from tierstore.patch.watch import refuse_attached
 from tierstore.session import tiered
@@ -26,11 +27,23 @@ _WORDS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Where a model computes, and the bytes of each tier above the disk; None leaves a tier out, or without limit where it computes."""
+    """Where a model computes, and the bytes of each tier above the disk; None leaves a tier out, or without limit where it computes.
+
+    `gpu`: of several accelerators, by their indices.
+    """
 
     device: torch.device
-    gpu: int | None
+    gpu: int | dict[int, int] | None
     cpu: int | None
+
+    @property
+    def place(self) -> str:
+        """What `tiered` takes as `device`."""
+        return self.device.type if isinstance(self.gpu, dict) else str(self.device)
+
+    def hooks(self, model: torch.nn.Module, skip: str | Sequence[str] | None) -> list[RemovableHandle]:
+        """Let the model be called with tensors from anywhere; a session over several devices does that itself."""
+        return [] if isinstance(self.gpu, dict) else align(model, self.device, back=True, skip=skip)
 
 
 def dispatch_model(
@@ -58,8 +71,12 @@ def dispatch_model(
     device. A map with one place other than "disk" moves the model there and starts no session, unless `force_hooks`.
     `offload_index` and `preload_module_classes` have no effect: values are the model's own, and any use of a weight is seen.
 
-    Raises `ModelError` for a map that names what is not in the model or leaves something out, `TierStoreError` for several
-    accelerators, `BackendError` for a device that does not work, all before anything changes.
+    Several accelerators each get consecutive layers, in proportion to these budgets, which may differ from the map's by some
+    layers. Then tensors cross by themselves, results come back to where the inputs were, and `main_device`, unless it is the
+    CPU, and `skip_keys` have no effect.
+
+    Raises `ModelError` for a map that names what is not in the model or leaves something out, `TierStoreError` for a
+    `main_device` that is not in it, `BackendError` for a device that does not work, all before anything changes.
     """
     check_modules({"": model})
     refuse_attached({"": model})
@@ -75,8 +92,8 @@ def dispatch_model(
         take_values(model, state_dict or {})
         room = room_by_map(sizes, places, device, ram_for(model), offload_buffers=offload_buffers)
         disk = offload_dir if DISK in places.values() else None
-        session = tiered(model, gpu=room.gpu, cpu=room.cpu, disk=disk, device=device)
-        Dispatch(model, session, align(model, device, back=True, skip=skip_keys))
+        session = tiered(model, gpu=room.gpu, cpu=room.cpu, disk=disk, device=room.place)
+        Dispatch(model, session, room.hooks(model, skip_keys))
     model.hf_device_map = dict(device_map)  # type: ignore[assignment]
     return model
 
@@ -106,7 +123,7 @@ def load_checkpoint_and_dispatch(
 
     `checkpoint`: a directory, a file of weights or the index of shards, as for `tiered(checkpoint=...)`; `dtype` casts on the way
     up. `device_map`: None loads the weights and starts no session; a map as for `dispatch_model`; or "auto", "balanced",
-    "balanced_low_0" or "sequential", which with one accelerator all mean that `max_memory` gives the budgets (by default what
+    "balanced_low_0" or "sequential", which all mean that `max_memory` gives the budgets (by default what
     is free), and `model.hf_device_map` is what `infer_auto_device_map` returns. What is written to weights goes to
     `offload_folder`, or beside the checkpoint, and vanishes with the session. `main_device`, `skip_keys`: as for
     `dispatch_model`; there is a session for every `device_map`.
@@ -139,8 +156,8 @@ def load_checkpoint_and_dispatch(
         device = _main_device(places.values(), main_device)
         room = room_by_map(sizes, places, device, sizes.total, offload_buffers=offload_buffers)
         shown = dict(device_map)
-    session = tiered(model, gpu=room.gpu, cpu=room.cpu, disk=offload_folder, checkpoint=checkpoint, dtype=kind, device=device)
-    Dispatch(model, session, align(model, device, back=True, skip=skip_keys))
+    session = tiered(model, gpu=room.gpu, cpu=room.cpu, disk=offload_folder, checkpoint=checkpoint, dtype=kind, device=room.place)
+    Dispatch(model, session, room.hooks(model, skip_keys))
     model.hf_device_map = shown  # type: ignore[assignment]
     return model
 
@@ -154,33 +171,40 @@ def room_by_map(sizes: Sizes, places: Mapping[str, Place], device: torch.device,
     `ram`: what RAM may hold where nothing is on disk.
     """
     given = bytes_by_place(sizes, places)
-    accelerator = the_accelerator(given)
-    fast: Place = CPU if accelerator is None else accelerator
+    found = accelerators(given)
+    fast: Place = found[0] if found else CPU
     passes = 0 if given.keys() == {fast} else sizes.passing(offload_buffers=offload_buffers)
-    top = min(given.get(fast, 0) + passes, sizes.total)
-    if accelerator is None and device.type == CPU:
-        return Room(device, None, top)
+    if not found and device.type == CPU:
+        return Room(device, None, min(given.get(fast, 0) + passes, sizes.total))
     if DISK in given:
         ram = given.get(CPU, 0)
-    return Room(device, top, (ram or None) if CPU in given else None)
+    below = (ram or None) if CPU in given else None
+    if len(found) > 1:  # shares end between layers, the map's parts maybe elsewhere: a layer's room on each device lets them differ
+        passes = sizes.largest if given.keys() == set(found) else passes
+        return Room(device, {place.index or 0: min(given[place] + passes, sizes.total) for place in found}, below)
+    return Room(device, min(given.get(fast, 0) + passes, sizes.total), below)
 
 
 def room_by_memory(sizes: Sizes, memory: Mapping[Name, int], device: torch.device) -> Room:
     """Return the budgets that `max_memory` gives; RAM not more than the model takes."""
     by_place = {place_of(name): nbytes for name, nbytes in memory.items()}
-    accelerator = the_accelerator(by_place)
+    found = accelerators(by_place)
     ram = min(by_place[CPU], sizes.total) if CPU in by_place else None
-    return Room(device, None, ram) if accelerator is None and device.type == CPU else Room(device, by_place.get(accelerator or device), ram)
+    if len(found) > 1:
+        return Room(device, {place.index or 0: by_place[place] for place in found}, ram)
+    fast = found[0] if found else device
+    return Room(device, None, ram) if not found and device.type == CPU else Room(device, by_place.get(fast), ram)
 
 
 def _main_device(places: Iterable[Place], main_device: Name | None) -> torch.device:
-    """Return the device that computes, after checking that it works and that there is only one."""
-    accelerator = the_accelerator(places)
+    """Return the device that computes, of several the first, after checking that it works and is one of those named."""
+    found = accelerators(places)
+    device = found[0] if found else torch.device(CPU)
     if main_device is not None:
         device = device_of(main_device)
-        the_accelerator([place for place in (accelerator, place_of(main_device)) if place is not None])
-    else:
-        device = accelerator or torch.device(CPU)
+        if device.type != CPU and found and device not in found:
+            names = ", ".join(map(str, found))
+            raise TierStoreError(f"main_device={main_device!r} is not among the accelerators that get weights ({names}); name one of them")
     return compute_device(device)
 
 

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tierstore.errors import ModelError
 from tierstore.patch.watch import is_watched
-from tierstore.session import Tiered, close_when_unused
+from tierstore.running import Tiered, close_when_unused
 
 _ATTRIBUTE = "_tierstore_dispatch"
 _SHOWN_TO_USERS = ("tiered", "hf_device_map")

@@ -32,7 +32,7 @@ def infer_auto_device_map(
 ) -> dict[str, Name]:
     """Return a map of module names to the places that `max_memory` names, filled in the order of the modules, then "disk".
 
-    `max_memory`: bytes or sizes such as `{0: "8GiB", "cpu": "32GiB"}`; by default what is free. One accelerator at most. Where
+    `max_memory`: bytes or sizes such as `{0: "8GiB", "cpu": "32GiB"}`; by default what is free. Where
     not everything fits on the first place, room is kept there for what passes through, two of the largest layers. `dtype`, and
     `special_dtypes` by tensor names, say what weights are cast to on loading. The model may be on the meta device. Tied tensors
     count once. With `clean_result`, modules whose parts are all in one place stand for them; `verbose` logs what each place gets.
@@ -65,9 +65,9 @@ def get_balanced_memory(
     special_dtypes: Mapping[str, DType] | None = None,
     low_zero: bool = False,
 ) -> dict[Name, int]:
-    """Return `max_memory` in bytes, or what is free: with one accelerator there is nothing to balance.
+    """Return `max_memory` in bytes, or what is free: there is nothing to balance.
 
-    The other arguments have no effect, for the same reason. Raises `TierStoreError` for several accelerators.
+    A session divides a model among several accelerators in proportion to these. So the other arguments have no effect.
     """
     return read_max_memory(max_memory)
 

@@ -43,26 +43,23 @@ def device_of(name: Name) -> torch.device:
     return torch.device(place)
 
 
-def the_accelerator(places: Iterable[Place]) -> torch.device | None:
-    """Return the only accelerator among `places`, None if there is none; `TierStoreError` for several."""
+def accelerators(places: Iterable[Place]) -> list[torch.device]:
+    """Return the accelerators among `places`, in their order; `TierStoreError` if they are of several types."""
     found = list(dict.fromkeys(place for place in places if isinstance(place, torch.device)))
-    if len(found) > 1:
-        raise TierStoreError(
-            f"{len(found)} accelerators ({', '.join(map(str, found))}) cannot share a model yet; name one of them, "
-            'and "cpu" or "disk" for what it has no room for'
-        )
-    return found[0] if found else None
+    if len({place.type for place in found}) > 1:
+        raise TierStoreError(f"accelerators of several types ({', '.join(map(str, found))}) cannot share a model; name those of one type")
+    return found
 
 
 def read_max_memory(max_memory: Mapping[Name, Size] | None) -> dict[Name, int]:
-    """Return the bytes that each place may take, by the names that the caller gave: the accelerator first, then RAM, then disk.
+    """Return the bytes that each place may take, by the names that the caller gave: accelerators first, then RAM, then disk.
 
     Without `max_memory`, nine tenths of what is free on the accelerator that works, and the RAM that is available.
     """
     if max_memory is None:
         return _free_memory()
     places = {name: place_of(name) for name in max_memory}
-    the_accelerator(places.values())
+    accelerators(places.values())
     sizes = {name: parse_size(size) for name, size in max_memory.items()}
     order = {CPU: 1, DISK: 2}
     return {name: sizes[name] for name in sorted(sizes, key=lambda name: order.get(str(places[name]), 0))}

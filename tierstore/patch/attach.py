@@ -18,7 +18,8 @@ from tierstore.patch.regions import Binding, Region, StoredValue, check_model, f
 from tierstore.patch.restore import give_back_held, move_plain, restore_binding, settle
 from tierstore.patch.room import check_room, largest_owner, smallest
 from tierstore.patch.scope import install_scope, remove_scope
-from tierstore.patch.source import typed_part
+from tierstore.patch.shares import Share
+from tierstore.patch.source import SettledSource, typed_part
 from tierstore.patch.stored import EntrySource, StoredSource
 from tierstore.patch.swap import replace_content
 from tierstore.patch.tensor import tiered_class
@@ -56,18 +57,23 @@ class Attachment(StoreHost):
     # -- in -----------------------------------------------------------------------------------------------------
 
     def attach(
-        self, roots: Mapping[str, torch.nn.Module], progress: Progress = iter, stored: Mapping[int, StoredValue] | None = None
+        self,
+        roots: Mapping[str, torch.nn.Module],
+        progress: Progress = iter,
+        stored: Mapping[int, StoredValue] | None = None,
+        share: Share | None = None,
     ) -> None:
-        """Move every tensor of `roots` under the store; on failure the models are as they were.
+        """Move every tensor of `roots`, or their `share`, under the store; on failure the models are as they were.
 
         `stored` says where the store has values already, by the ids of the tensors.
         """
-        regions = find_regions(named_tensors(roots))
+        regions = find_regions(named_tensors(roots)) if share is None else share.regions
+        modules = (module for root in roots.values() for module in root.modules()) if share is None else share.modules
         find_stored(regions, stored or {})
         check_room(self.moves.tiers, regions)
         self.roots = dict(roots)
         try:
-            self._take(regions, roots.values(), progress)
+            self._take(regions, modules, progress)
         except BaseException:
             self.detach()
             raise
@@ -92,11 +98,14 @@ class Attachment(StoreHost):
                 continue
             if region not in stay or region.stored is not None or not self._hold(region):
                 self._tier(region)
-        for root in modules:
-            for module in root.modules():
-                self._modules.add(module)
-                if not self.holds_all:
-                    install_scope(module, self)
+        for module in modules:
+            self._modules.add(module)
+            self._enter(module)
+
+    def _enter(self, module: torch.nn.Module) -> None:
+        """Give a module of ours its scope, if it needs one."""
+        if not self.holds_all:
+            install_scope(module, self)
 
     def _foretell(self) -> None:
         """Tell the policy in which order the tensors will probably be used first: that of the modules that own them."""
@@ -200,7 +209,7 @@ class Attachment(StoreHost):
         }  # of what is on meta, as adapters are at first, each parameter is seen again when it is loaded
         if not self._ours(module):
             check_model({name: module}, [id(tensor) for _, tensor in named_tensors({name: module}) if tensor.is_meta])
-        self._take(find_regions(new.items()), [module], iter)
+        self._take(find_regions(new.items()), module.modules(), iter)
 
     def _ours(self, module: torch.nn.Module) -> bool:
         return any(isinstance(tensor, Wrapper) for _, tensor in named_tensors({"": module}))
@@ -216,7 +225,8 @@ class Attachment(StoreHost):
 
     def _take_parameter(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
         if isinstance(parameter, Wrapper):
-            self._bind(parameter, name)
+            if self._mine(parameter):
+                self._bind(parameter, name)
         elif parameter.device.type != "meta" and not torch.nn.parameter.is_lazy(parameter):
             self._take(find_regions([(name, parameter)]), [module], iter)
 
@@ -226,6 +236,10 @@ class Attachment(StoreHost):
         self._bound.add(id(wrapper))
         binding = Binding(wrapper, [name], wrapper.geometry(), self.device, kind)
         self._regions.append(Region([binding], wrapper._source.spec, None))
+
+    def _mine(self, wrapper: Wrapper) -> bool:
+        """True for what stands for values of this store, not of another session or another device."""
+        return isinstance(wrapper._source, SettledSource) or wrapper._source.host is self
 
     def tier_map(self) -> dict[str, str]:
         """Return for each tensor name the fastest tier that holds its value."""
@@ -242,7 +256,8 @@ class Attachment(StoreHost):
 
     def keys_of(self, module: torch.nn.Module) -> list[str]:
         """Return the keys of everything that `module` owns, itself or through submodules."""
-        entries = [entry for _, t in named_tensors({"": module}) if isinstance(t, Wrapper) for entry in t._source.entries()]
+        ours = (t for _, t in named_tensors({"": module}) if isinstance(t, Wrapper) and self._mine(t))
+        entries = [entry for tensor in ours for entry in tensor._source.entries()]
         return list(dict.fromkeys(entry.key for entry in entries))
 
     # -- out ----------------------------------------------------------------------------------------------------
@@ -258,7 +273,7 @@ class Attachment(StoreHost):
         self._handles = []
         self._sweep()
         for name, tensor in named_tensors(self.roots):  # what appeared without passing a hook
-            if isinstance(tensor, Wrapper) and id(tensor) not in self._bound:
+            if isinstance(tensor, Wrapper) and id(tensor) not in self._bound and self._mine(tensor):
                 self._bind(tensor, name)
         bindings = [binding for region in self._regions if region not in self._held for binding in region.bindings]
         self.moves.engine.gather()

@@ -275,7 +275,8 @@ def _acquire(wrappers: list[Wrapper], func: Any) -> dict[Host, list[Entry]] | No
             entries += [entry for entry in source.entries() if entry not in entries]
     held: dict[Host, list[Entry]] = {}
     try:
-        for host, entries in wanted.items():
+        for host in sorted(wanted, key=id) if len(wanted) > 1 else wanted:  # in one order, or two threads wait for each other
+            entries = wanted[host]
             host.worked_on(sum(entry.nbytes for entry in entries))
             changed = host.lease(entries, func)
             held[host] = entries

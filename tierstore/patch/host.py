@@ -104,11 +104,15 @@ class StoreHost(Host):
         self.store.fill(key, tensor, fastest)
 
     def _free_key(self, name: str) -> str:
+        """Return a key that is not taken yet, made of `name`."""
         key, number = name, 1
-        while key in self.moves.entries or f"{key}[0]" in self.moves.entries:
+        while self._taken(key):
             number += 1
             key = f"{name}#{number}"
         return key
+
+    def _taken(self, key: str) -> bool:
+        return key in self.moves.entries or f"{key}[0]" in self.moves.entries
 
     def lease(self, entries: list[Entry], operation: object) -> bool:
         with suppress(torch.OutOfMemoryError):

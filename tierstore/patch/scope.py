@@ -115,7 +115,7 @@ class Frame:
         plain = self._plain.get(id(value))
         if plain is not None:
             return plain if plain.requires_grad == value.requires_grad else value
-        source = _source_behind(value)
+        source = self._source_behind(value)
         if source is None or may_be_looked_up(source):
             return value  # what is done with it may need a few rows only, which is no reason to keep it
         room = self._room
@@ -142,11 +142,19 @@ class Frame:
         for value in values:
             if type(value) is not TieredTensor or id(value) in self._plain or value._kept is not None:
                 continue
-            source = _source_behind(value)
+            source = self._source_behind(value)
             if source is None or len(source.stored) > 1:
                 continue
             if self._room.moves.lease_resident(source.stored[0], self._room.headroom):
                 self._show(source, value)
+
+    def _source_behind(self, value: TieredTensor) -> StoredSource | None:
+        """Return the source that `value` shows as a whole; None where no plain tensor can stand in its place, or another store has it."""
+        source = value._source
+        if value._whole and isinstance(source, StoredSource) and source.settled is None and not source.has_pending_copies:
+            host: object = source.host
+            return source if host is self._room else None
+        return None
 
     def _show(self, source: StoredSource, value: TieredTensor) -> ResidentParameter:
         handout = source.stored[0].handout
@@ -192,14 +200,6 @@ class Frame:
         if moves.may_hand_out(sum(entry.nbytes for entry in entries), self._room.headroom) and not handout.used():
             moves.hand_out(handout)
             handout.give()
-
-
-def _source_behind(value: TieredTensor) -> StoredSource | None:
-    """Return the source that `value` shows as a whole; None where a plain tensor cannot stand in its place."""
-    source = value._source
-    if value._whole and isinstance(source, StoredSource) and source.settled is None and not source.has_pending_copies:
-        return source
-    return None
 
 
 class ScopedParameters(dict[str, Any]):
