@@ -1,9 +1,10 @@
 """A directory of safetensors files, one for each value, with an index that says which of them count.
 
-A value is put in this order: its bytes go into a file without a name, around the page cache, and are flushed; the file gets
-its name, and the directory is flushed; the row in the index is committed, and from there on, and not before, the value is
-the key's. Then the file of the older value goes. Every step before the commit can fail or be cut short without a trace: the
-file has a random name that nothing refers to. So a crash at any moment leaves each key with its old or its new value.
+A value is put in this order: its bytes go into a file without a name, around the page cache, several pieces at the same time;
+the file gets its name; file and directory are flushed, both at once; the row in the index is committed, and from there on,
+and not before, the value is the key's. Then the file of the older value goes. Every step before the commit can fail or be
+cut short without a trace: the file has a random name that nothing refers to, and is removed when the store is opened. So a
+crash at any moment leaves each key with its old or its new value. Threads that put at the same time share commits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from tierstore.backend import FileBackend, FileExtent
 from tierstore.backends._disk import description, upkeep
 from tierstore.backends._disk.failures import Health, Owner, explained
+from tierstore.backends._disk.group import GroupCommit
 from tierstore.backends._disk.hold import WriteHold
 from tierstore.backends._disk.index import Index, UncertainError
 from tierstore.backends._disk.layout import MARKER, Root, open_index, read_format, read_rows
@@ -45,8 +47,7 @@ class DiskBackend(FileBackend, Maintained, Described):
     What `put` or `delete` has returned from survives a crash of the process and of the machine. `verify` says when bytes
     are checked against the checksums that were stored with them: when they are first read after opening, always, or never.
     After a failure of the device that leaves it open what is stored, nothing more is written (`StorageError`), and what was
-    committed before can still be read. Safe to call from several threads for different keys; the lock is held while the
-    index is committed.
+    committed before can still be read. Safe to call from several threads for different keys.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: Verify = "first", system: FileSystem = _SYSTEM) -> None:
@@ -57,10 +58,11 @@ class DiskBackend(FileBackend, Maintained, Described):
         self._lock = threading.Lock()
         with opening(self.path), ExitStack() as stack:
             self._hold = stack.enter_context(WriteHold(self.path, system))
-            self._index = self._hold.index
-            self._generation = self._index.state.generation
+            self._rows = self._hold.index.rows
+            self._generation = self._hold.index.state.generation
+            self._index = GroupCommit(self._hold, self._health)
             self._blobs = stack.enter_context(Blobs(self.path, system, verify))
-            self._writer = stack.enter_context(BlobWriter(self._hold.root, self._index.state.store, self._health))
+            self._writer = stack.enter_context(BlobWriter(self._hold.root, self._hold.index.state.store, self._health))
             self._end = weakref.finalize(self, _close, stack.pop_all(), self._owner)
 
     @classmethod
@@ -93,14 +95,20 @@ class DiskBackend(FileBackend, Maintained, Described):
 
     def file_of(self, key: str) -> Path:
         """Return the file that holds `key` now; raise `KeyError` if there is none."""
-        return self._blobs.path_of(self._index.rows[key])
+        return self._blobs.path_of(self._rows[key])
 
     def put(self, key: str, tensor: torch.Tensor) -> None:
         self._check_writable()
         data = raw_bytes(tensor).cpu().numpy().data
         with explained(f"storing {key!r}", self.path):
             row, status = self._writer.write(Draft(key, TensorSpec.of(tensor), self._next_generation(), data))
-            old = self._commit(key, row)
+            try:
+                old = self._index.change(key, row)
+            except UncertainError:
+                raise
+            except OSError:
+                self._writer.remove(row)
+                raise
         self._blobs.trust(row, status)
         if old is not None:
             self._discard(old)
@@ -114,13 +122,13 @@ class DiskBackend(FileBackend, Maintained, Described):
     def delete(self, key: str) -> None:
         self._check_writable()
         with explained(f"deleting {key!r}", self.path):
-            old = self._commit(key, None)
+            old = self._index.change(key, None)
         if old is not None:
             self._discard(old)
 
     def entries(self) -> Iterator[tuple[str, TensorSpec]]:
         self._owner.check()
-        return ((key, row.spec) for key, row in list(self._index.rows.items()))
+        return ((key, row.spec) for key, row in list(self._rows.items()))
 
     def close(self) -> None:
         if self._owner.here:
@@ -129,7 +137,7 @@ class DiskBackend(FileBackend, Maintained, Described):
 
     def _look(self, key: str, how: Callable[[Row], T]) -> T:
         self._owner.check()
-        row = self._index.rows[key]
+        row = self._rows[key]
         with explained(f"reading {key!r}", self.path):
             try:
                 return how(row)
@@ -144,25 +152,6 @@ class DiskBackend(FileBackend, Maintained, Described):
         with self._lock:
             self._generation += 1
             return self._generation
-
-    def _commit(self, key: str, new: Row | None) -> Row | None:
-        """Make `new` the value of `key`, or nothing; return the row before. Only a certain failure takes the new blob away."""
-        with self._lock:
-            old = self._index.rows.get(key)
-            if old is None and new is None:
-                raise KeyError(key)
-            try:
-                self._health.check()
-                self._index.commit([new] if new else [], [old] if old else [])
-            except UncertainError as error:
-                self._health.fail(f"nobody knows whether a commit came through ({error})")
-                raise
-            except BaseException:
-                if new is not None:
-                    self._writer.remove(new)
-                raise
-            self._hold.count_commit(self._health)
-        return old
 
     def _discard(self, row: Row) -> None:
         self._blobs.forget(row)

@@ -1,18 +1,24 @@
-"""The durable disk tier against the device and against other formats: cold reads, durable writes, warm values.
+"""The disk tier against the device and against other formats: durable and scratch writes, cold reads, warm values.
 
-    python bench/disk.py [--dir DIR] [--rounds 3]
+    pip install '.[bench]'
+    python bench/disk.py [--dir DIR] [--rounds 5]
 
-Values of 4 to 64 MiB, 496 MiB in all. The contenders take turns in every round; each figure is the median over the rounds,
-and the ratios are medians of the ratios within a round, since devices and neighbours are not the same all the time.
-Reads are cold (the files' pages are dropped before each of them) and end in memory of the process. "raw" is the best of 1, 2
-and 4 threads of `preadv`, or `pwrite`, with direct I/O in requests of 8 MiB, into and from the same aligned huge pages again
-and again; its writes are preallocated and flushed at the end. The other formats flush nothing; that is done for them, and timed.
+Values of 4 to 64 MiB, 496 MiB in all, in memory as aligned as a tier of RAM has it. The contenders take turns in every
+round; each figure is the median over the rounds, and a ratio the median of the ratios within a round to the best raw route,
+which is the one of 1, 2 and 4 threads with the highest median. Raw is `pwrite` and `preadv` with direct I/O in requests of
+8 MiB, from and into the same huge pages again and again.
+
+Like is compared with like. What was written in the turn before is deleted, and the system flushed, before anybody's time
+begins. Durable: raw writes end when every file has been flushed, and so does every contender; what a library does not flush
+is flushed for it, and timed. The disk backend also has every name, checksum and commit on the device when a `put` returns;
+"at once" is how many threads put, and `flush()` is that of a store whose values are in RAM. "File by file" is raw with file
+and name flushed before the next begins. Scratch: nobody flushes, raw neither. Reads are cold (the files' pages are dropped
+before each) and end in memory of the process.
 """
 
 import argparse
-import ctypes
-import mmap
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -20,28 +26,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-import zarr
-from accelerate.utils import OffloadedWeightsLoader, offload_state_dict
+from disk_formats import Format, files_in, formats
+from disk_raw import MIB, SIZES, Raw
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 
-from tierstore import Tier, TieredStore, open_backend
+from tierstore import Backend, Tier, TieredStore, open_backend
 from tierstore.backends._arena import Arena
 from tierstore.backends.disk import DiskBackend
 from tierstore.transfer.reader import Reader
 
-MIB = 1 << 20
-SIZES = [size * MIB for size in (4, 8, 16, 32, 64) for _ in range(4)]
-REQUEST = 8 * MIB
 IN_FLIGHT = 4  # values that are read at once
 THREADS = (1, 2, 4)
-MMAP = "torch.load(mmap=True)"
 
 Act = Callable[[], object]
 
@@ -53,61 +53,6 @@ def values() -> dict[str, torch.Tensor]:
     for number, tensor in enumerate(made.values()):
         tensor.random_(256, generator=torch.Generator().manual_seed(number))
     return {key: tensor.view(torch.bfloat16) for key, tensor in made.items()}
-
-
-def huge_slab(nbytes: int) -> memoryview:
-    slab = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    slab.madvise(mmap.MADV_HUGEPAGE)
-    ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(slab)), 1, nbytes)
-    return memoryview(slab)
-
-
-def in_threads(count: int, act: Callable[[int], None]) -> None:
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(act, range(count)))
-
-
-class Raw:
-    """Direct I/O on one file for each size, cut into requests that `threads` threads share."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        self.folder = folder
-        self.threads = threads
-        self._slabs = [huge_slab(REQUEST) for _ in range(threads)]
-        self._parts = [
-            (number, start, min(REQUEST, size - start)) for number, size in enumerate(SIZES) for start in range(0, size, REQUEST)
-        ]
-
-    def read(self) -> None:
-        with ExitStack() as stack:
-            files = [self._open(stack, number, os.O_RDONLY) for number in range(len(SIZES))]
-
-            def act(thread: int) -> None:
-                for number, start, length in self._parts[thread :: self.threads]:
-                    if os.preadv(files[number], [self._slabs[thread][:length]], start) != length:
-                        raise OSError("a short read")
-
-            in_threads(self.threads, act)
-
-    def write(self) -> None:
-        with ExitStack() as stack:
-            files = [self._open(stack, number, os.O_RDWR | os.O_CREAT | os.O_TRUNC) for number in range(len(SIZES))]
-            for file, size in zip(files, SIZES, strict=True):
-                os.posix_fallocate(file, 0, size)
-
-            def act(thread: int) -> None:
-                for number, start, length in self._parts[thread :: self.threads]:
-                    if os.pwrite(files[number], self._slabs[thread][:length], start) != length:
-                        raise OSError("a short write")
-
-            in_threads(self.threads, act)
-            for file in files:
-                os.fsync(file)
-
-    def _open(self, stack: ExitStack, number: int, flags: int) -> int:
-        file = os.open(self.folder / f"raw {number}", flags | os.O_DIRECT)
-        stack.callback(os.close, file)
-        return file
 
 
 def read_all(reader: Reader, backend: DiskBackend, arena: Arena) -> None:
@@ -139,68 +84,17 @@ def read_store(store: TieredStore) -> None:
             pass
 
 
-def put_all(backend: DiskBackend, tensors: Mapping[str, torch.Tensor], threads: int) -> None:
+def put_all(backend: Backend, tensors: Mapping[str, torch.Tensor], threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(backend.put, tensors, tensors.values()))
 
 
-def flushed(folder: Path) -> None:
-    """Flush every file in a directory that somebody else has written without."""
-    for path in files_in(folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def files_in(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def others(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Act, Act]]:
-    """Yield name, write and read of other formats, one file for each value; their writes are flushed afterwards."""
-    for name in ("safetensors", "torch", "accelerate", "zarr"):
-        (folder / name).mkdir(parents=True)
-    place, suffix = folder / "safetensors", ".safetensors"
-
-    def save_safetensors() -> None:
-        for key, tensor in tensors.items():
-            save_file({"data": tensor}, place / f"{key}{suffix}")
-        flushed(place)
-
-    yield "safetensors", save_safetensors, lambda: [load_file(place / f"{key}{suffix}")["data"].clone() for key in tensors]
-
-    def save_torch() -> None:
-        for key, tensor in tensors.items():
-            torch.save(tensor, folder / "torch" / key)
-        flushed(folder / "torch")
-
-    yield "torch.save and load", save_torch, lambda: [torch.load(folder / "torch" / key) for key in tensors]
-    yield MMAP, lambda: None, lambda: [torch.load(folder / "torch" / key, mmap=True).clone() for key in tensors]
-
-    def save_accelerate() -> None:
-        offload_state_dict(folder / "accelerate", dict(tensors))
-        flushed(folder / "accelerate")
-
-    def load_accelerate() -> None:
-        loader = OffloadedWeightsLoader(save_folder=folder / "accelerate")
-        for key in tensors:
-            loader[key].clone()
-
-    yield "accelerate's offload files", save_accelerate, load_accelerate
-
-    def save_zarr() -> None:
-        group = zarr.open_group(folder / "zarr", mode="w")
-        for key, tensor in tensors.items():
-            array = group.create_array(key, shape=(tensor.numel(),), chunks=(tensor.numel(),), dtype=np.uint16, compressors=None)
-            array[:] = tensor.view(torch.uint16).numpy()
-        flushed(folder / "zarr")
-
-    def load_zarr() -> None:
-        group = zarr.open_group(folder / "zarr", mode="r")
-        for key in tensors:
-            np.asarray(group[key][:])
-
-    yield "zarr, uncompressed", save_zarr, load_zarr
+def cleared(folder: Path) -> Path:
+    """Return `folder` as an empty directory; what is gone is gone on the device too, so that nobody else's time goes into that."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    os.sync()
+    return folder
 
 
 def drop_cache(folder: Path) -> None:
@@ -228,7 +122,7 @@ class Figures:
         self.rates.setdefault(name, []).append(rate)
 
     def best_raw(self) -> list[float]:
-        return [max(turn) for turn in zip(*(self.rates[f"raw, {count} threads"] for count in THREADS), strict=True)]
+        return max((self.rates[raw_name(count)] for count in THREADS), key=statistics.median)
 
     def table(self, title: str) -> Table:
         table = Table(title=title, title_justify="left")
@@ -241,30 +135,66 @@ class Figures:
         return table
 
 
-def run_writes(folder: Path, tensors: Mapping[str, torch.Tensor], peers: list[tuple[str, Act, Act]], rounds: int) -> Figures:
+def raw_name(threads: int) -> str:
+    return f"raw, {threads} threads"
+
+
+@contextmanager
+def emptied(backend: Backend, tensors: Mapping[str, torch.Tensor]) -> Iterator[Backend]:
+    """Delete after a `with` what was put in it, so that a store is filled again and again, as it is in use."""
+    yield backend
+    for key in tensors:
+        backend.delete(key)
+    os.sync()
+
+
+def run_durable_writes(folder: Path, tensors: Mapping[str, torch.Tensor], others: list[Format], rounds: int) -> Figures:
     figures = Figures()
-    for turn in range(rounds):
-        for count in THREADS:
-            figures.add(f"raw, {count} threads", rate(Raw(folder / "raw", count).write))
-        for threads in (1, 2):
-            with closing(DiskBackend(folder / f"written {turn} {threads}")) as backend:
-                figures.add(
-                    f"disk backend, {threads} at once", rate(lambda backend=backend, threads=threads: put_all(backend, tensors, threads))
-                )
-                for key in tensors:
-                    backend.delete(key)
-        for name, write, _ in peers:
-            if name != MMAP:
-                figures.add(name, rate(write))
+    with closing(DiskBackend(folder / "written")) as backend:
+        for _ in range(rounds):
+            for count in THREADS:
+                figures.add(raw_name(count), rate(Raw(cleared(folder / "raw"), count).write_durably))
+            figures.add("raw, 4 threads, file by file", rate(Raw(cleared(folder / "raw"), 4).write_each_durably))
+            for count in THREADS:
+                with emptied(backend, tensors):
+                    figures.add(f"disk backend, {count} at once", rate(lambda count=count: put_all(backend, tensors, count)))
+            figures.add("flush() of a store in RAM", rate_of_flush(folder / "flushed", tensors))
+            for other in others:
+                if other.write is not None:
+                    cleared(other.folder)
+                    figures.add(other.name, rate(other.write))
     return figures
 
 
-def run_reads(folder: Path, reader: Reader, peers: list[tuple[str, Act, Act]], rounds: int) -> Figures:
+def rate_of_flush(folder: Path, tensors: Mapping[str, torch.Tensor]) -> float:
+    with TieredStore.open(folder, cpu=sum(SIZES)) as store:
+        for key, tensor in tensors.items():
+            store.put(key, tensor)
+        found = rate(store.flush)
+        for key in tensors:
+            del store[key]
+    os.sync()
+    return found
+
+
+def run_scratch_writes(folder: Path, tensors: Mapping[str, torch.Tensor], rounds: int) -> Figures:
+    figures = Figures()
+    with closing(DiskBackend.scratch(folder)) as backend:
+        for _ in range(rounds):
+            for count in THREADS:
+                figures.add(raw_name(count), rate(Raw(cleared(folder / "raw"), count).write))
+            for count in THREADS:
+                with emptied(backend, tensors):
+                    figures.add(f"scratch, {count} at once", rate(lambda count=count: put_all(backend, tensors, count)))
+    return figures
+
+
+def run_reads(folder: Path, reader: Reader, others: list[Format], rounds: int) -> Figures:
     figures, arena = Figures(), Arena()
     checked = {"first": "checksums on", "never": "checksums off"}
     for _ in range(rounds):
         for count in THREADS:
-            figures.add(f"raw, {count} threads", rate(Raw(folder / "raw", count).read))
+            figures.add(raw_name(count), rate(Raw(folder / "raw", count).read))
         for verify, name in checked.items():
             drop_cache(folder)
             with closing(DiskBackend(folder / "store", verify=verify)) as backend:  # type: ignore[arg-type]
@@ -272,9 +202,9 @@ def run_reads(folder: Path, reader: Reader, peers: list[tuple[str, Act, Act]], r
         drop_cache(folder)
         with TieredStore.open(folder / "store", cpu=160 * MIB) as store:
             figures.add("store of 160 MiB, checksums on", rate(lambda store=store: read_store(store)))
-        for name, _, read in peers:
+        for other in others:
             drop_cache(folder)
-            figures.add(name, rate(read))
+            figures.add(other.name, rate(other.read))
     return figures
 
 
@@ -292,18 +222,18 @@ def warm(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, help="where to put 3 GiB of files for a while (default: the system's temporary directory)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dir", type=Path, help="where to put 5 GiB of files for a while (default: the system's temporary directory)")
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     console = Console(width=140, highlight=False)
     with tempfile.TemporaryDirectory(prefix="disk-", dir=options.dir) as directory, closing(Reader()) as reader:
         folder, tensors = Path(directory), values()
-        (folder / "raw").mkdir()
-        peers = list(others(folder, tensors))
-        console.print(run_writes(folder, tensors, peers, options.rounds).table("Durable writes"))
+        others = list(formats(folder, tensors))
+        console.print(run_durable_writes(folder, tensors, others, options.rounds).table("Durable writes"))
+        console.print(run_scratch_writes(folder, tensors, options.rounds).table("Scratch writes, nothing flushed"))
         with closing(DiskBackend(folder / "store")) as backend:
             put_all(backend, tensors, 1)
-        console.print(run_reads(folder, reader, peers, options.rounds).table("Cold reads"))
+        console.print(run_reads(folder, reader, others, options.rounds).table("Cold reads"))
         console.print(warm(tensors))
     return 0
 

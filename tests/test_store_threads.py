@@ -334,6 +334,67 @@ def test_room_is_not_made_from_a_copy_that_is_being_replaced(rig: MakeRig) -> No
     r.check()
 
 
+class Paired(Slow):
+    """A put that goes on only when another one has begun; what `broken` names fails then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.barrier = threading.Barrier(2)
+        self.broken = ""
+        self.active = self.most = 0
+        self._counting = threading.Lock()
+
+    def put(self, key: str, tensor: torch.Tensor) -> None:
+        with self._counting:
+            self.active += 1
+            self.most = max(self.most, self.active)
+        try:
+            self.barrier.wait(30)
+            if key == self.broken:
+                raise OSError("broken")
+            super().put(key, tensor)
+        finally:
+            with self._counting:
+                self.active -= 1
+
+
+def test_a_flush_writes_several_values_at_the_same_time(rig: MakeRig) -> None:
+    slow = Paired()
+    r = rig(100, None, slow=slow)
+    for number in range(6):
+        r.store.put(str(number), value(10, number))
+    r.store.flush()
+    assert {key: int(slow.get(key)[0]) for key, _ in slow.entries()} == {str(number): number for number in range(6)}
+    r.check()
+
+
+def test_large_values_are_flushed_two_at_a_time(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tierstore.flights._MUCH", 10)
+    slow = Paired()
+    r = rig(100, None, slow=slow)
+    for number in range(6):
+        r.store.put(str(number), value(10, number))
+    r.store.flush()
+    assert slow.most == 2
+
+
+def test_a_flush_of_which_one_value_fails_has_ended_when_it_says_so(rig: MakeRig) -> None:
+    slow = Paired()
+    r = rig(100, None, slow=slow)
+    for number in range(6):
+        r.store.put(str(number), value(10, number))
+    slow.broken = "3"
+    with pytest.raises(OSError, match="broken"):
+        r.store.flush()
+    assert slow.active == 0
+    assert {key for key, _ in slow.entries()} == set("01245")
+    r.check()
+    slow.broken, slow.barrier = "", threading.Barrier(1)
+    r.store.flush()
+    assert torch.equal(slow.get("3"), value(10, 3))
+    r.check()
+
+
 def test_a_value_written_while_it_is_flushed_is_not_taken_for_clean(rig: MakeRig) -> None:
     slow = LateReturn()
     r = rig(100, None, slow=slow)

@@ -14,8 +14,8 @@ from tierstore.shield import shielded
 from tierstore.tier import Tier
 from tierstore.transfer.engine import Engine, Transfer
 
-_FEW = 2  # flights into one tier that are started ahead of use, however large
-_MUCH = 64 << 20  # bytes in flight into one tier that keep a link busy; beyond `_FEW`, more are not started ahead of use
+_FEW = 2  # flights into one tier that are started before anybody waits for them, however large
+_MUCH = 64 << 20  # bytes in flight into one tier that keep a link busy; beyond `_FEW`, more are not started then
 
 
 class Flight:
@@ -61,7 +61,8 @@ class Flights(Residency):
         self._flights[target] += 1
         self._flying[target] += entry.nbytes
         self.counters.link_busy(source, target, flight.started)
-        transfer = Transfer(entry.key, entry.spec, self.tiers[source].backend, tier.backend, (source, target))
+        ready = entry.ready if source == 0 else None
+        transfer = Transfer(entry.key, entry.spec, self.tiers[source].backend, tier.backend, (source, target), ready)
         self.lock.release()
         try:
             with shielded():
@@ -126,7 +127,8 @@ class Flights(Residency):
     def _undo(self, flight: Flight, tier: Tier, error: BaseException | None) -> None:
         """Account for a copy that failed, or of a value that was written to meanwhile."""
         if error is not None:
-            self._failed.add(flight.entry.key)
+            if flight.target < flight.source:
+                self._failed.add(flight.entry.key)
             tier.ledger.release(flight.entry.nbytes)
             if flight.outdated is not None:
                 tier.stale[flight.entry.key] = flight.outdated
@@ -180,7 +182,14 @@ class Flights(Residency):
             self.wake()
 
     def _link_idle(self, level: int) -> bool:
-        return not self.closed and (self._flights[level] < _FEW or self._flying[level] < _MUCH)
+        return not self.closed and not self.busy_link(level)
+
+    def flying_to(self, level: int) -> bool:
+        return self._flights[level] > 0
+
+    def busy_link(self, level: int) -> bool:
+        """True while more copies into a tier would not make the link to it carry more."""
+        return self._flights[level] >= _FEW and self._flying[level] >= _MUCH
 
     def _fetch_ahead(self, level: int, policy: Foresight) -> bool:
         key = policy.wanted()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tierstore.backend import SizingBackend
 from tierstore.entry import Entry
 from tierstore.errors import BudgetError, TierStoreError
+from tierstore.flights import Flight
 from tierstore.leasing import Leasing
 from tierstore.spec import TensorSpec, raw_bytes, storable
 from tierstore.tier import Tier
@@ -130,21 +133,46 @@ class Moves(Leasing):
         # where only the writing shows whether all will fit, nothing may be evicted that was flushed a moment ago
         make_room = self.free_room if isinstance(home.backend, SizingBackend) else self.make_room
         self._check_fits_all(home)
-        for entry in list(self.entries.values()):
-            self.wait_until_idle(entry)
-            self.refresh(entry)
-            if self.entries.get(entry.key) is not entry or max(entry.tiers) >= self.home:
-                continue
-            self.mark_busy(entry)
-            try:
-                if not make_room(self.home, entry.nbytes):
-                    raise self.no_room(f"flushing {entry.key!r}", entry.nbytes, self.home)
-                self.copy(entry, min(entry.tiers), self.home)
-            finally:
-                self.unmark_busy(entry)
+        flights: list[Flight] = []
+        try:
+            for entry in list(self.entries.values()):
+                flight = self._flush_entry(entry, make_room)
+                flights += [flight] if flight is not None else []
+        finally:
+            while not all(flight.done for flight in flights):
+                self.engine.wait(self.lock)
+        for flight in flights:
+            if flight.error is not None:
+                raise flight.error
         for tier in self.tiers[: self.home]:  # or an older version in a persistent one would be found first
             for key in list(tier.stale):
                 self.delete_stale(tier, key)
+
+    def _flush_entry(self, entry: Entry, make_room: Callable[[int, int], bool]) -> Flight | None:
+        """Start to copy an entry home, if it is not there, as soon as few enough are on their way and there is room."""
+        while True:
+            while self.busy_link(self.home):
+                self.engine.wait(self.lock)
+            self.wait_until_idle(entry)
+            self.refresh(entry)
+            if self.entries.get(entry.key) is not entry or max(entry.tiers) >= self.home:
+                return None
+            flight = self._begin_if_room(entry, make_room)
+            if flight is not None:
+                return flight
+            if not self.flying_to(self.home):  # whose bytes may turn out to be fewer than what was reserved for them
+                raise self.no_room(f"flushing {entry.key!r}", entry.nbytes, self.home)
+            self.engine.wait(self.lock)
+
+    def _begin_if_room(self, entry: Entry, make_room: Callable[[int, int], bool]) -> Flight | None:
+        self.mark_busy(entry)
+        roomy = False
+        try:
+            roomy = make_room(self.home, entry.nbytes)
+        finally:
+            if not roomy:
+                self.unmark_busy(entry)
+        return self.begin(entry, min(entry.tiers), self.home) if roomy else None
 
     def _check_fits_all(self, home: Tier) -> None:
         """Raise unless `home` may be able to hold every value at once; what its backend makes of those to come is not known."""

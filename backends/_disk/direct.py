@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,61 +17,99 @@ from tierstore.checksum import PIECE
 from tierstore.file_system import FileSystem
 from tierstore.open_file import PAGE
 
+SLAB = 2 << 20  # bytes: a huge page
+
+_THREADS = 4
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 _FLAGS = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
 
+T = TypeVar("T")
 
-class Slabs:
-    """Aligned memory of one piece for whoever has data that direct I/O does not take; one slab is kept for the next."""
+
+class WritePool:
+    """Threads that write the pieces of large values, and aligned memory for data that direct I/O does not take as it lies.
+
+    For all writers of a backend, and safe to call from several threads. Threads start when there is something for them to
+    do, and end with `close`; one slab for each is kept for the next.
+    """
 
     def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tierstore-write")
         self._lock = threading.Lock()
-        self._spare: mmap.mmap | None = None
+        self._spare: list[mmap.mmap] = []
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True)
 
     @contextmanager
-    def borrow(self) -> Iterator[memoryview]:
-        """Lend a writable view of `PIECE` bytes at a page's border."""
+    def running(self, *acts: Callable[[], T]) -> Iterator[list[Callable[[], T]]]:
+        """Run these in other threads for the length of a `with`, at whose end each has ended, or will never begin.
+
+        So what they work on, memory and descriptors, is free again, also after an error. Call what is yielded for the result
+        of each: that runs here what no thread has had time for.
+        """
+        pending: list[Future[T]] = []
+        try:
+            pending.extend(self._threads.submit(act) for act in acts)
+            yield [partial(_result, future, act) for future, act in zip(pending, acts, strict=True)]
+        finally:
+            for future in [future for future in pending if not future.cancel()]:
+                future.exception()
+
+    @contextmanager
+    def slab(self) -> Iterator[memoryview]:
+        """Lend a writable view of `SLAB` bytes at a page's border."""
         with self._lock:
-            slab, self._spare = self._spare, None
+            slab = self._spare.pop() if self._spare else None
         if slab is None:
-            slab = mmap.mmap(-1, PIECE, flags=_FLAGS)
+            slab = mmap.mmap(-1, SLAB, flags=_FLAGS)
+            with suppress(AttributeError, OSError):  # the device takes many small pages at half the speed, and works all the same
+                slab.madvise(mmap.MADV_HUGEPAGE)
         try:
             yield memoryview(slab)
         finally:
             with self._lock:
-                self._spare = slab
+                if len(self._spare) < _THREADS:
+                    self._spare.append(slab)
 
 
 class DirectWriter:
     """Writes to one open file around the page cache; through it where the file system refuses that.
 
-    Safe to call from several threads for different ranges. `slabs` is memory shared by all writers of a backend.
+    Safe to call from several threads for different ranges.
     """
 
-    def __init__(self, system: FileSystem, descriptor: int, slabs: Slabs) -> None:
+    def __init__(self, system: FileSystem, descriptor: int, pool: WritePool) -> None:
         self.descriptor = descriptor
         self._system = system
-        self._slabs = slabs
+        self._pool = pool
         with suppress(OSError):
             system.set_direct(descriptor, direct=True)
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Write `data` from `offset` on, a multiple of `PAGE`, and zeros up to the end of its last page."""
+        """Write `data` from `offset` on, a multiple of `PAGE`, and zeros up to the end of its last page.
+
+        Several pieces are written at the same time: one request at a time leaves a fast device waiting for the next.
+        """
+        first, *others = range(0, len(data), PIECE) or [0]
+        acts = [partial(self._write_piece, data[start : start + PIECE], offset + start) for start in others]
+        with self._pool.running(*acts) as results:
+            self._write_piece(data[first : first + PIECE], offset)
+            for result in results:
+                result()
+
+    def _write_piece(self, data: memoryview, offset: int) -> None:
         whole = len(data) // PAGE * PAGE if _aligned(data) else 0
-        for start in range(0, whole, PIECE):
-            self._write_pages(data[start : min(start + PIECE, whole)], offset + start)
-        for start in range(whole, len(data), PIECE):
-            self._write_copied(data[start : start + PIECE], offset + start)
+        self._write_pages(data[:whole], offset)
+        for start in range(whole, len(data), SLAB):
+            with self._pool.slab() as slab:
+                self._write_pages(_padded(slab, data[start : start + SLAB], 0), offset + start)
 
     def write_together(self, head: bytes, data: memoryview, offset: int) -> None:
-        """Write a head of whole pages and behind it `data` at one go; both fit into a piece."""
-        with self._slabs.borrow() as slab:
+        """Write a head of whole pages and behind it `data` at one go; both fit into a slab."""
+        with self._pool.slab() as slab:
             slab[: len(head)] = head
             self._write_pages(_padded(slab, data, len(head)), offset)
-
-    def _write_copied(self, data: memoryview, offset: int) -> None:
-        with self._slabs.borrow() as slab:
-            self._write_pages(_padded(slab, data, 0), offset)
 
     def _write_pages(self, data: memoryview, offset: int) -> None:
         """Write whole aligned pages, going on after short writes: signals, quotas and network file systems make them."""
@@ -95,6 +136,10 @@ class DirectWriter:
             return count - rest
         self._system.set_direct(self.descriptor, direct=False)
         return count
+
+
+def _result(future: Future[T], act: Callable[[], T]) -> T:
+    return act() if future.cancel() else future.result()
 
 
 def _aligned(data: memoryview) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from tierstore.backends._disk.direct import DirectWriter, Slabs
+from tierstore.backends._disk.direct import DirectWriter, WritePool
 from tierstore.backends._disk.maps import map_range
 from tierstore.backends._intervals import Intervals
 from tierstore.file_system import FileSystem
@@ -82,7 +82,8 @@ class ScratchFile:
         self._ended: deque[Stretch] = deque()  # whose maps were dropped; noted without a lock, wherever that happens
         writing, reading = _open_twice(folder, system)
         self.file = OpenFile(f"{folder} (a scratch file without a name)", system, descriptor=reading, cold=True)
-        self._writer = DirectWriter(system, writing, Slabs())
+        self._pool = WritePool()
+        self._writer = DirectWriter(system, writing, self._pool)
 
     def store(self, data: memoryview) -> Stretch:
         """Write `data` where nobody needs what was there; on failure nothing is taken."""
@@ -126,6 +127,7 @@ class ScratchFile:
 
     def close(self) -> None:
         """Give the space back as soon as the last map is gone too."""
+        self._pool.close()
         self.file.close()
         with suppress(OSError):  # whatever that is, nobody wants the bytes any more
             self._system.close(self._writer.descriptor)

@@ -163,7 +163,10 @@ def _repair(root: Root, blobs: Blobs) -> Inspection:
     scan = scan_blobs(root, blobs)
     findings: list[Finding] = []
     found = _format(root, scan, findings)
-    for blob, finding in scan.damaged.items():
+    unfinished = _unfinished(root, found, scan)
+    findings += [_ownerless(root, blob) for blob in sorted(unfinished)]
+    for blob in sorted(scan.damaged.keys() - unfinished):
+        finding = scan.damaged[blob]
         findings.append(Finding(finding.key, finding.file, f"{finding.problem}; moved to {_set_aside(root, blob)}"))
     _drop_odd_count(root, found.store, findings)
     index = prepare(root) if found.version == 1 else _sound_index(root, found, scan, findings)
@@ -171,13 +174,27 @@ def _repair(root: Root, blobs: Blobs) -> Inspection:
         rows = dict(index.rows)
     finally:
         index.close()
-    findings += [
-        Finding(row.key, str(root.path / row.name), "it belongs to no value; removed")
-        for row, _ in scan.sound.values()
-        if rows.get(row.key) != row
-    ]
+    findings += [_ownerless(root, row.blob, row.key) for row, _ in scan.sound.values() if rows.get(row.key) != row]
     sweep(root, rows)
     return _inspection(rows.values(), findings)
+
+
+def _unfinished(root: Root, found: Format, scan: Scan) -> set[str]:
+    """Return the damaged blobs that are known to belong to no value, as a crash leaves them in the middle of a write."""
+    if found.version == 1:
+        return set()
+    try:
+        index = open_index(root, found.store, writable=False)
+    except CorruptionError:
+        return set()
+    try:
+        return scan.damaged.keys() - {row.blob for row in index.rows.values()}
+    finally:
+        index.close()
+
+
+def _ownerless(root: Root, blob: str, key: str = "?") -> Finding:
+    return Finding(key, str(root.path / blob_name(blob)), "it belongs to no value; removed")
 
 
 def _format(root: Root, scan: Scan, findings: list[Finding]) -> Format:

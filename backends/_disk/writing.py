@@ -1,4 +1,4 @@
-"""Writing blobs: complete and on the device before they have a name, and named before anybody is told."""
+"""Writing blobs: complete, named, and with both on the device before anybody is told."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import errno
 import os
 import secrets
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from tierstore.backends._disk.blob import FORMAT_VERSION, encode_head
-from tierstore.backends._disk.direct import DirectWriter, Slabs
+from tierstore.backends._disk.direct import SLAB, DirectWriter, WritePool
 from tierstore.backends._disk.failures import Health
 from tierstore.backends._disk.layout import BLOBS, Root
 from tierstore.backends._disk.rows import Row, blob_name
 from tierstore.backends._lock import TEMPORARY
-from tierstore.checksum import PIECE, checksum, checksums, sums_size
+from tierstore.checksum import checksum, checksums, sums_size
 from tierstore.file_system import FileSystem
 from tierstore.open_file import PAGE
 from tierstore.spec import TensorSpec
 
+TOGETHER = SLAB // 2  # bytes; copying more takes longer than a second write
+_IN_A_SHARD = 256  # blobs that go into one directory before the next is chosen: each new one takes a flush of its own
 _NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 
 
@@ -47,22 +48,22 @@ class BlobWriter:
         self._system: FileSystem = root.system
         self._store = store
         self._health = health
-        self._slabs = Slabs()
+        self._pool = WritePool()
         self._lock = threading.Lock()
         self._flushed: set[str] = set()  # directories of blobs whose own names are on the device
-        self._hasher: ThreadPoolExecutor | None = None
+        self._shard = ""  # two digits: how the ids of blobs begin now
+        self._room = 0  # blobs that may still go there
 
     def write(self, draft: Draft) -> tuple[Row, os.stat_result]:
         """Return the row and the status of a new blob that is on the device, with its name; on failure there is none."""
-        blob = secrets.token_hex(16)
+        blob = self._new_id()
         shard, name = blob_name(blob).rsplit("/", 1)
         self._prepare_shard(shard)
         with self._root.folder(shard) as folder, _Unfinished(self._system, folder) as file:
             row = self._fill(file.descriptor, draft, blob)
-            self._flush(file.descriptor, f"a file could not be flushed while {draft.key!r} was stored")
             file.publish(name)
             try:
-                self._flush(folder, f"a directory could not be flushed while {draft.key!r} was stored")
+                self._flush_both(file.descriptor, folder, draft.key)
             except BaseException:
                 with suppress(OSError):  # swept when the store is opened
                     self._system.unlink(folder, name)
@@ -78,25 +79,23 @@ class BlobWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the thread that computes checksums."""
-        if self._hasher is not None:
-            self._hasher.shutdown(wait=True)
+        self._pool.close()
 
     def _fill(self, descriptor: int, draft: Draft, blob: str) -> Row:
         """Write head and data into an empty file; return the row that will name it."""
         data = draft.data
         size = len(self._head(draft, bytes(sums_size(len(data)))))
-        writer = DirectWriter(self._system, descriptor, self._slabs)
+        writer = DirectWriter(self._system, descriptor, self._pool)
         total = size + len(data)
         self._system.reserve(descriptor, 0, total + -total % PAGE)
-        if total <= PIECE:
+        if total <= TOGETHER:
             sums = checksums(data)
             head = self._head(draft, sums)
             writer.write_together(head, data, 0)
         else:
-            with self._hashing(data) as pending:
+            with self._pool.running(partial(checksums, data)) as (summed,):
                 writer.write(data, size)
-                sums = pending.result()
+                sums = summed()
             head = self._head(draft, sums)
             writer.write(memoryview(head), 0)
         if total % PAGE:
@@ -106,18 +105,20 @@ class BlobWriter:
     def _head(self, draft: Draft, sums: bytes) -> bytes:
         return encode_head(draft.key, draft.spec, sums, draft.generation, self._store)
 
-    @contextmanager
-    def _hashing(self, data: memoryview) -> Iterator[Future[bytes]]:
-        """Compute checksums in another thread while this one writes; `data` is free again when the `with` ends."""
+    def _new_id(self) -> str:
+        """Return a random id for a blob."""
         with self._lock:
-            if self._hasher is None:
-                self._hasher = ThreadPoolExecutor(1, thread_name_prefix="tierstore-hash")
-            pending = self._hasher.submit(checksums, data)
-        try:
-            yield pending
-        finally:
-            if not pending.cancel():
-                pending.exception()
+            if not self._room:
+                self._shard, self._room = secrets.token_hex(1), _IN_A_SHARD
+            self._room -= 1
+            return self._shard + secrets.token_hex(15)
+
+    def _flush_both(self, file: int, folder: int, key: str) -> None:
+        """Flush a file and the directory with its name at the same time, so that they share what the file system waits for."""
+        flush = partial(self._flush, folder, f"a directory could not be flushed while {key!r} was stored")
+        with self._pool.running(flush) as (flushed,):
+            self._flush(file, f"a file could not be flushed while {key!r} was stored")
+            flushed()
 
     def _flush(self, descriptor: int, reason: str) -> None:
         try:

@@ -19,7 +19,7 @@ from tests.disk.children import Child, Value, fill_scratch, write_until_killed
 from tests.disk.children import Step as CodedStep
 from tests.disk.conftest import MEMORY, Unflushed
 from tests.disk.golden import DISK_1, golden_values
-from tierstore.backends._disk import upkeep, writing
+from tierstore.backends._disk import direct, upkeep, writing
 from tierstore.backends.disk import DiskBackend
 from tierstore.spec import TensorSpec
 from tierstore.testing.crashes import crash_states
@@ -162,7 +162,8 @@ def test_a_crash_at_any_call_loses_nothing_that_was_committed(
     place: Path, monkeypatch: pytest.MonkeyPatch, way: str, seed: int, count: int, chosen: int
 ) -> None:
     if way == "in pieces":  # as values of more than 8 MiB are written
-        monkeypatch.setattr(writing, "PIECE", 1000)
+        monkeypatch.setattr(writing, "TOGETHER", 1000)
+        monkeypatch.setattr(direct, "PIECE", 4096)
     steps = steps_of(seed, count)
     recorder = record(place, steps, reopen_after=count // 2, kind=Plain if way == "without unnamed files" else Recorder)
     states = sum(1 for _ in crash_states(recorder, random.Random(seed), chosen))

@@ -67,6 +67,18 @@ def test_a_store_may_be_verified_while_it_is_written(root: Path, store: DiskBack
         repair(root)
 
 
+def test_what_a_crash_left_in_the_middle_of_a_write_is_removed_and_not_kept_as_damage(filled: Path) -> None:
+    torn = filled / "blobs" / "00" / f"{0:032x}.safetensors"
+    torn.parent.mkdir(exist_ok=True)
+    torn.write_bytes(bytes(9000))
+    (finding,) = repair(filled).findings
+    assert (finding.file, finding.problem) == (str(torn), "it belongs to no value; removed")
+    assert not torn.exists()
+    assert not (filled / "damaged").exists()
+    assert verify(filled).sound
+    holds(filled, VALUES)
+
+
 def test_a_damaged_value_is_set_aside_and_the_others_stay(filled: Path) -> None:
     file = blob_of(filled, "key 2")
     flip(file, file.stat().st_size - 1)

@@ -7,6 +7,8 @@ import os
 import shutil
 import stat
 import subprocess
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -18,10 +20,14 @@ from safetensors import safe_open
 
 from tests.disk.conftest import EMPTY, Unflushed, child, files_in, kill, next_line
 from tests.samples import assert_identical
+from tierstore.backends._disk import writing
 from tierstore.backends.disk import DiskBackend
+from tierstore.backends.ram import RamBackend
 from tierstore.backends.scratch import ScratchBackend
+from tierstore.checksum import PIECE
 from tierstore.errors import CorruptionError, StorageError
 from tierstore.file_system import FileSystem
+from tierstore.spec import TensorSpec
 from tierstore.testing.interposed import Failing
 
 OVERWRITE = """
@@ -56,6 +62,8 @@ def test_a_failure_before_the_commit_changes_nothing(
     store, system = failing
     before = files_in(root)
     (folder,) = (folder.name for folder in (root / "blobs").iterdir())
+    monkeypatch.setattr(writing, "_IN_A_SHARD", 1)
+    store._writer._room = 0
     ids = (f"{number:02x}{number:030x}" for number in range(256) if f"{number:02x}" != folder)
     monkeypatch.setattr("secrets.token_hex", lambda nbytes: next(ids)[: 2 * nbytes])  # else the directory may be there already
     for key in ("key", "new"):
@@ -195,6 +203,109 @@ def test_memory_of_any_alignment_and_size_is_written_as_it_is(tmp_path: Path, nb
             assert torch.equal(backend.get("key"), value)
         with safe_open(store.file_of("key"), "pt") as file:
             assert torch.equal(file.get_tensor("data"), value)
+
+
+def aligned(nbytes: int) -> torch.Tensor:
+    """Return memory as a tier of RAM has it, which direct I/O takes without a copy."""
+    return RamBackend().allocate("key", TensorSpec.of(torch.empty(nbytes, dtype=torch.uint8)))
+
+
+class Overlapping(FileSystem):
+    """Lets a call go on only when another one of its kind, to another place, has begun: alone it fails after a minute."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.barrier = threading.Barrier(2)
+        self.armed = False
+
+    def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+        if self.armed and self.kind == "write" and len(data) == PIECE:
+            self.barrier.wait(60)
+        return super().write(descriptor, data, offset)
+
+    def sync(self, descriptor: int) -> None:
+        if self.armed and self.kind == "sync":
+            self.barrier.wait(60)
+        super().sync(descriptor)
+
+
+@pytest.mark.parametrize("kind", ["write", "sync"])
+def test_pieces_are_written_and_a_file_and_its_name_flushed_at_the_same_time(root: Path, kind: str) -> None:
+    system = Overlapping(kind)
+    with closing(DiskBackend(root, system=system, verify="always")) as store:
+        store.put("first", torch.zeros(1))  # makes the directory
+        system.armed = True
+        value = aligned(2 * PIECE).fill_(7)
+        store.put("key", value)
+        system.armed = False
+        assert torch.equal(store.get("key"), value)
+
+
+def test_pieces_of_a_scratch_value_are_written_at_the_same_time(tmp_path: Path) -> None:
+    system = Overlapping("write")
+    with closing(ScratchBackend(tmp_path, system=system)) as scratch:
+        system.armed = True
+        value = aligned(2 * PIECE).fill_(7)
+        scratch.put("key", value)
+        assert torch.equal(scratch.get("key"), value)
+
+
+def test_no_piece_is_on_its_way_when_a_put_has_failed(root: Path) -> None:
+    """Its file is closed then, and the descriptor may be another file's."""
+
+    class Slow(FileSystem):
+        """Fails one write when another has begun, and lets that go on only when the file would have been closed."""
+
+        def __init__(self) -> None:
+            self.begun, self.failed, self.closed = threading.Event(), threading.Event(), threading.Event()
+            self.late = False
+
+        def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+            if len(data) != PIECE:
+                return super().write(descriptor, data, offset)
+            if offset == 4096 or self.begun.is_set():
+                assert self.begun.wait(60)
+                self.failed.set()
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            self.begun.set()
+            assert self.failed.wait(60)
+            self.late = self.closed.wait(0.2)
+            return super().write(descriptor, data, offset)
+
+        def close(self, descriptor: int) -> None:
+            super().close(descriptor)
+            if self.failed.is_set():
+                self.closed.set()
+
+    system = Slow()
+    with closing(DiskBackend(root, system=system)) as store:
+        with pytest.raises(StorageError, match="Input/output error"):
+            store.put("key", aligned(2 * PIECE).fill_(1))
+        assert list(store.entries()) == []
+    assert system.begun.is_set()
+    assert not system.late
+
+
+def test_a_put_flushes_a_file_a_name_and_the_index_and_no_more(root: Path) -> None:
+    system = Failing()
+    with closing(DiskBackend(root, system=system)) as store:
+        store.put("first", torch.zeros(1))
+        system.disarm()
+        for number in range(20):
+            store.put(str(number), torch.zeros(9000))
+        calls = Counter(system.names_called)
+    assert (calls["sync"], calls["commit"], calls["make_folder"]) == (40, 20, 0)
+    assert len(list((root / "blobs").iterdir())) == 1
+
+
+def test_directories_of_blobs_do_not_grow_without_end(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_IN_A_SHARD", 3)
+    with closing(DiskBackend(root, system=Unflushed())) as store:
+        for number in range(30):
+            store.put(str(number), torch.zeros(1))
+    filled = [len(list(folder.iterdir())) for folder in (root / "blobs").iterdir()]
+    assert len(filled) > 5
+    assert sum(filled) == 30
 
 
 class Lacking(FileSystem):

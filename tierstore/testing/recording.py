@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,11 +71,13 @@ Op = Write | Resize | Sync | Bind | Database | Mark
 class Recorder(FileSystem):
     """The real file system, which writes down what happens below `root`; what is there already is on the device.
 
-    Not for several threads at once. `end` it after the last call.
+    One operation on the store at a time: its threads may write and flush together, which is noted one after the other.
+    `end` it after the last call.
     """
 
     def __init__(self, root: Path) -> None:
         self.log: list[Op] = []
+        self._lock = threading.Lock()
         self.root = Node(folder=True)
         self._path = root
         self._before: dict[Node, bytes] = {}
@@ -121,11 +124,12 @@ class Recorder(FileSystem):
         self._open.pop(descriptor, None)
 
     def write(self, descriptor: int, data: memoryview, offset: int) -> int:
-        count = super().write(descriptor, data, offset)
-        node = self._open[descriptor]
-        self._size[node] = max(self._size.get(node, 0), offset + count)
-        self._note(Write(node, offset, bytes(data[:count])))
-        return count
+        with self._lock:
+            count = super().write(descriptor, data, offset)
+            node = self._open[descriptor]
+            self._size[node] = max(self._size.get(node, 0), offset + count)
+            self._note(Write(node, offset, bytes(data[:count])))
+            return count
 
     def reserve(self, descriptor: int, offset: int, nbytes: int) -> bool:
         done = super().reserve(descriptor, offset, nbytes)
@@ -139,9 +143,10 @@ class Recorder(FileSystem):
         self._resize(self._open[descriptor], nbytes)
 
     def sync(self, descriptor: int) -> None:
-        super().sync(descriptor)
-        if descriptor in self._open:
-            self._note(Sync(self._open[descriptor]))
+        with self._lock:
+            super().sync(descriptor)
+            if descriptor in self._open:
+                self._note(Sync(self._open[descriptor]))
 
     def link(self, descriptor: int, folder: int, name: str) -> None:
         super().link(descriptor, folder, name)

@@ -54,10 +54,9 @@ class ThreadEngine(Engine):
                 self._pools[name] = ThreadPoolExecutor(threads, thread_name_prefix=f"tierstore-{name}")
             return self._pools[name]
 
-    @staticmethod
-    def _work(transfer: Transfer, done: Done) -> None:
+    def _work(self, transfer: Transfer, done: Done) -> None:
         try:
-            copy_value(transfer)
+            self.carry(transfer)
         except BaseException as error:  # noqa: BLE001  (handed to whoever waits for the value)
             done(error)
         else:

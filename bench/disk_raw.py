@@ -1,0 +1,100 @@
+"""What the device delivers to a Python process that writes and reads plain files, with direct I/O and nothing else to do."""
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+MIB = 1 << 20
+SIZES = [size * MIB for size in (4, 8, 16, 32, 64) for _ in range(4)]
+REQUEST = 8 * MIB
+
+
+def huge_slab(nbytes: int) -> memoryview:
+    slab = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    slab.madvise(mmap.MADV_HUGEPAGE)
+    ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(slab)), 1, nbytes)
+    return memoryview(slab)
+
+
+def in_threads(count: int, act: Callable[[int], None]) -> None:
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(act, range(count)))
+
+
+class Raw:
+    """One new file for each of `SIZES`, cut into requests that `threads` threads share; each has one slab of huge pages."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.folder = folder
+        self.threads = threads
+        self._slabs = [huge_slab(REQUEST) for _ in range(threads)]
+        self._parts = [
+            (number, start, min(REQUEST, size - start)) for number, size in enumerate(SIZES) for start in range(0, size, REQUEST)
+        ]
+
+    def read(self) -> None:
+        with self._opened(os.O_RDONLY) as files:
+
+            def act(thread: int) -> None:
+                for number, start, length in self._parts[thread :: self.threads]:
+                    if os.preadv(files[number], [self._slabs[thread][:length]], start) != length:
+                        raise OSError("a short read")
+
+            in_threads(self.threads, act)
+
+    def write(self) -> None:
+        """Write everything, and flush no file."""
+        with self._new_files() as files:
+            self._fill(files)
+
+    def write_durably(self) -> None:
+        """Write everything, and then flush every file; nothing says yet which of them are whole."""
+        with self._new_files() as files:
+            self._fill(files)
+            for file in files:
+                os.fsync(file)
+
+    def write_each_durably(self) -> None:
+        """Write one file after the other, each with its name on the device before the next begins."""
+        directory = os.open(self.folder, os.O_RDONLY)
+        try:
+            with self._new_files() as files, ThreadPoolExecutor(self.threads) as pool:
+                for number, file in enumerate(files):
+                    parts = [(part, place) for place, part in enumerate(self._parts) if part[0] == number]
+                    list(pool.map(lambda part: self._write_part(files, part[0], part[1] % self.threads), parts))
+                    os.fsync(file)
+                    os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _fill(self, files: list[int]) -> None:
+        def act(thread: int) -> None:
+            for part in self._parts[thread :: self.threads]:
+                self._write_part(files, part, thread)
+
+        in_threads(self.threads, act)
+
+    def _write_part(self, files: list[int], part: tuple[int, int, int], thread: int) -> None:
+        number, start, length = part
+        if os.pwrite(files[number], self._slabs[thread][:length], start) != length:
+            raise OSError("a short write")
+
+    @contextmanager
+    def _new_files(self) -> Iterator[list[int]]:
+        """Open a new file of full size for each value, in a directory without files."""
+        with self._opened(os.O_RDWR | os.O_CREAT) as files:
+            for file, size in zip(files, SIZES, strict=True):
+                os.posix_fallocate(file, 0, size)
+            yield files
+
+    @contextmanager
+    def _opened(self, flags: int) -> Iterator[list[int]]:
+        with ExitStack() as stack:
+            files = [os.open(self.folder / f"raw {number}", flags | os.O_DIRECT) for number in range(len(SIZES))]
+            for file in files:
+                stack.callback(os.close, file)
+            yield files
