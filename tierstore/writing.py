@@ -167,6 +167,8 @@ class Moves(Leasing):
     def _begin_if_room(self, entry: Entry, make_room: Callable[[int, int], bool]) -> Flight | None:
         self.mark_busy(entry)
         roomy = False
+        if self.flying_to(self.home):  # each has room for an older copy too, until it has ended: nothing has to leave for that
+            make_room = self.free_room
         try:
             roomy = make_room(self.home, entry.nbytes)
         finally:
