@@ -131,6 +131,18 @@ def test_a_foretold_order_is_fetched_ahead_in_the_first_pass(missing: tuple[str,
     assert run.store.stats().links["slow->fast"].bytes <= other.store.stats().links["slow->fast"].bytes + 200
 
 
+def test_what_was_not_foretold_may_come_in_between() -> None:
+    large, small = blocks(80), {f"s{i}": 1 for i in range(80)}
+    keys = [key for pair in zip(small, large, strict=True) for key in pair]
+    run, other = (make_run(large | small, [200], [10.0]) for _ in range(2))
+    foretold(run, list(large))
+    for each in (run, other):
+        each.use(keys, 0.5)
+    assert other.clock.now == pytest.approx(80 + 80 * 1.1)
+    assert run.clock.now <= 0.75 * other.clock.now, "large ones came while others were computed with"
+    assert run.settled(keys, 0.5)[0] <= 1.05 * other.settled(keys, 0.5)[0]
+
+
 @pytest.mark.parametrize("right", [0, 10])
 @pytest.mark.parametrize("seed", range(5))
 def test_what_was_foretold_wrongly_is_soon_forgotten(seed: int, right: int) -> None:

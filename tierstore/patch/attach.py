@@ -108,11 +108,15 @@ class Attachment(StoreHost):
             install_scope(module, self)
 
     def _foretell(self) -> None:
-        """Tell the policy in which order the tensors will probably be used first: that of the modules that own them."""
+        """Tell the policy in which order the tensors will probably be used first: that of the modules that own them.
+
+        Small ones are left out: norms are often registered after what they are used before.
+        """
         policy = self.moves.tiers[0].policy
         if isinstance(policy, Foresight):
             with self.moves.lock:
-                policy.foretell({key: self.moves.entries[key].nbytes for root in self.roots.values() for key in self.keys_of(root)})
+                sizes = {key: self.moves.entries[key].nbytes for root in self.roots.values() for key in self.keys_of(root)}
+                policy.foretell({key: nbytes for key, nbytes in sizes.items() if nbytes > SMALL})
 
     def _staying(self, regions: list[Region]) -> dict[Region, None]:
         """Return those of `regions` that are held, smallest first."""

@@ -176,7 +176,7 @@ class Lane(Foresight):
         self._served.discard(key)
         if not expected:
             self._forget_window()
-        elif key not in predictor.erratic:
+        elif not predictor.aside:
             if self._window:
                 self._leave_window()
             else:

@@ -22,7 +22,8 @@ class Predictor:
     steps of decoding, the models of a pipeline) are each recognised by how they begin, and nothing marks the end of a pass.
 
     Before the first access somebody may `foretell` what will be used, such as the weights of a model in the order of its
-    modules. It stands in the history like a past that happened, until it was wrong a few times.
+    modules. It stands in the history like a past that happened, until it was wrong a few times. A key that it does not know is
+    no wrong guess: it comes in between, and the guess goes on.
 
     Keys whose accesses depend on data, such as the experts of a mixture, are found by how often the guess fails, and left
     out of the history.
@@ -32,6 +33,7 @@ class Predictor:
         self.history: list[str] = []
         self.pointer: int | None = None
         self.matched = 0  # how many accesses in a row were expected
+        self.aside = False  # the last access is none that was, or could have been, foreseen
         self.erratic: set[str] = set()
         self.on_erratic: Callable[[str], None] | None = None  # told which key was found to be erratic
         self._limit = limit
@@ -45,7 +47,7 @@ class Predictor:
         self.on_trim: Callable[[int], None] | None = None  # told how many positions were cut off at the front
 
     def foretell(self, keys: Sequence[str]) -> None:
-        """Expect accesses to happen in this order; to be called before the first one."""
+        """Expect accesses to happen in this order; to be called before any that repeats."""
         for key in keys:
             self._append(key, self._latest.get(key, -1))
         self._foretold = len(self.history)
@@ -86,14 +88,18 @@ class Predictor:
         return [key for key in keys if key not in erratic] if erratic else keys
 
     def see(self, key: str) -> bool:
-        """Record an access and say whether it was the expected one."""
-        if key in self.erratic:
+        """Record an access and say whether it was the expected one; also True if it was none of those that are foreseen (`aside`)."""
+        self.aside = key in self.erratic
+        if self.aside:
             return True
         self._seen += 1
         expected = self._expected()
         guessed = self.guessing
         before = self._latest.get(key, -1)
         self._append(key, before)
+        if guessed and before < 0:
+            self.aside = True
+            return True
         if expected == key:
             assert self.pointer is not None
             self.pointer += 1
@@ -125,6 +131,7 @@ class Predictor:
             return False
         if self.history[self.pointer + 1 : self.pointer + 1 + count] != keys:
             return False
+        self.aside = False
         self.history += keys
         self._previous += map(self._latest.get, keys, repeat(-1))  # of a key that occurs twice here both see the same one
         self._latest.update(zip(keys, range(start, start + count), strict=True))

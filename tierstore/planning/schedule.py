@@ -64,8 +64,8 @@ class Schedule:
         return len(self._upper)
 
     def foretell(self, sizes: Mapping[str, int]) -> None:
-        """Expect uses in this order, if there was none yet."""
-        if not self.predictor.history:
+        """Expect uses in this order, unless there were others already that repeat."""
+        if self.predictor.pointer is None and self.plan is None:
             self.sizes.update(sizes)
             self.predictor.foretell(list(sizes))
 
