@@ -104,6 +104,7 @@ class Predictor:
             assert self.pointer is not None
             self.pointer += 1
             self.matched += 1
+            self._use_up()
             return True
         self._missed(expected, key, guessed=guessed, known=before >= 0)
         self.matched = 0
@@ -138,7 +139,14 @@ class Predictor:
         self.pointer += count
         self.matched += count
         self._seen += count
+        self._use_up()
         return True
+
+    def _use_up(self) -> None:
+        """Forget what was foretold once it has happened: from here on the past says more."""
+        if self._foretold and not self.guessing:
+            self._trim(self._foretold)
+            self.matched = 0
 
     def _expected(self) -> str | None:
         """Return the key after the pointer, which skips erratic ones."""

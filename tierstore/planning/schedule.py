@@ -52,7 +52,6 @@ class Schedule:
         self._fixed_bytes = fixed_bytes
         self._considered: int | None = None  # the period for which a plan was made last
         self._guessed = False  # the plan at hand was made of what was foretold
-        self._untimed = False  # the plan at hand is the first one, and was made before anything was known of durations
         self._squeezed = 0  # bytes that should have stayed and had to leave, in this repetition
         self._extra = 0  # bytes left free for them since
         self._until_check = 0
@@ -75,8 +74,7 @@ class Schedule:
         expected = self.predictor.see(key)
         if not expected:
             self._considered = None
-            if self._guessed and not self.predictor.foretold:
-                self._adopt(None)
+        self._check_guess()
         for lane in self._upper:
             lane.passed(key, expected=expected)
         if expected:
@@ -91,6 +89,7 @@ class Schedule:
         while start < len(keys):
             some = keys[start : start + (self.predictor.period or 1)]
             if self.predictor.see_expected(some):
+                self._check_guess()
                 for lane in self._upper:
                     lane.passed_all(some)
                 self._went_on(len(some))
@@ -98,6 +97,12 @@ class Schedule:
                 for key in some:
                     self.seen(key)
             start += len(some)
+
+    def _check_guess(self) -> None:
+        """Give up a plan made of what was foretold when that was wrong, or has happened."""
+        if self._guessed and not self.predictor.foretold:
+            self._considered = None
+            self._adopt(None)
 
     def _time(self, key: str) -> None:
         """Measure what was computed with the key before."""
@@ -120,7 +125,7 @@ class Schedule:
         """As many uses were expected: look whether it is time for another plan."""
         self._until_check -= count
         period = self.predictor.period
-        if period is not None and (period != self._considered or (self._until_check <= 0 and (self._squeezed or self._untimed))):
+        if period is not None and (period != self._considered or (self._until_check <= 0 and self._squeezed)):
             self._consider(period)
 
     def rest(self, key: str) -> int | None:
@@ -144,7 +149,7 @@ class Schedule:
         enough = _ENOUGH_OF_FORETOLD if self.predictor.guessing else _ENOUGH
         if self.predictor.matched < _FEWEST or not self.predictor.sure(enough):
             return
-        outdated = bool(self._squeezed or self._untimed)
+        squeezed = bool(self._squeezed)
         self._considered, self._until_check = period, period
         self._extra, self._squeezed = self._extra + self._squeezed, 0
         cycle = [key for key in self.predictor.cycle() if key in self.sizes]
@@ -152,8 +157,7 @@ class Schedule:
         if budgets is None:
             return
         new = self._plan(cycle, budgets)
-        self._untimed = self.plan is None and self._seconds(cycle) is None
-        if outdated or self._improves(new, cycle):
+        if squeezed or self._improves(new, cycle):
             self._adopt(new)
             self._guessed = self.predictor.guessing
 
