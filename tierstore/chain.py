@@ -73,21 +73,6 @@ class ChainTiered(Tiered):
     def attachments(self) -> Sequence[Attachment]:
         return tuple(self._attachments)
 
-    def close(self) -> None:
-        if not self._open:
-            return
-        errors: list[TierStoreError] = []
-        for attachment in self._attachments:
-            try:
-                attachment.detach()
-            except TierStoreError as error:  # the other devices' weights come back all the same
-                errors.append(error)
-        if errors:
-            raise errors[0]
-        self._devices.restore()
-        self._open = False
-        self._chain.close()
-
     @property
     def tier_map(self) -> dict[str, str]:
         found = {name: tier for attachment in self._attachments for name, tier in attachment.tier_map().items()}
@@ -127,15 +112,6 @@ class ChainTiered(Tiered):
             with store.moves.lock:
                 events += [event | {"pid": number} for event in store.moves.timeline.events([tier.name for tier in store.tiers])]
         path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-
-    def prefetch(self, module: torch.nn.Module) -> None:
-        for attachment in self._attachments:
-            attachment.store.prefetch(attachment.keys_of(module))
-
-    def offload(self, module: torch.nn.Module) -> None:
-        for attachment in self._attachments:
-            attachment.release_held(module)
-            attachment.store.offload(attachment.keys_of(module))
 
     def resize(self, *, gpu: GpuSize | None = None, cpu: Size | None = None) -> None:
         """Change budgets while running, as in `resize(gpu={1: "4GiB"})`; weights that no longer fit leave at once.
@@ -197,15 +173,10 @@ def merged(parts: Sequence[Stats], commons: Iterable[Common]) -> Stats:
     )
 
 
-def needs_of(shares: Shares, budgets: Sequence[int]) -> list[int]:
-    """Return how many bytes of each share have no room in its fast tier."""
-    return [max(part.nbytes - budget, 0) for part, budget in zip(shares.parts, budgets, strict=True)]
-
-
 def redivide(ram: Common, chain: Chain, total: int) -> None:
     """Give each store its part of `total` bytes of RAM; if weights cannot leave, `BudgetError`, and the parts are as they were."""
     budgets = [store.tiers[0].ledger.budget or 0 for store in chain.stores]
-    parts = divided(total, needs_of(chain.shares, budgets), [part.nbytes for part in chain.shares.parts])
+    parts = divided(total, chain.shares.lacking(budgets), [part.nbytes for part in chain.shares.parts])
     before = [store.tiers[1].ledger.budget or 0 for store in chain.stores]
     order = sorted(range(len(parts)), key=lambda place: parts[place] - before[place])  # who gives comes first
     if total > (ram.pool.budget or 0):

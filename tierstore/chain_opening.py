@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tierstore.backend import SourceBackend
 from tierstore.building import Disk, FastTier, closing_on_failure, disk_tier, memory_tier
-from tierstore.chain import Chain, ChainTiered, Models, needs_of
+from tierstore.chain import Chain, ChainTiered, Models
 from tierstore.checkpoint.binding import Bound
 from tierstore.checkpoint.dividing import present_to_all
 from tierstore.patch.regions import Region, find_regions, named_tensors
@@ -109,7 +109,7 @@ def _rows(shares: Shares, tops: Sequence[Tier], below: Below) -> Rows:
     commons: list[Common] = []
     if below.ram is not None:
         commons.append(Common("cpu", open_backend("pinned"), below.ram))
-        needs = needs_of(shares, [top.ledger.budget or 0 for top in tops])
+        needs = shares.lacking([top.ledger.budget or 0 for top in tops])
         for row, part in zip(rows, divided(below.ram, needs, [part.nbytes for part in shares.parts]), strict=True):
             row.append(commons[-1].tier(part))
     if below.last is not None:

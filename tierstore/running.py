@@ -81,11 +81,20 @@ class Tiered:
         Raises `TierStoreError` if some weights could not be brought back (no memory left, a disk that fails): those stay
         tiered and usable, and closing again tries them again.
         """
-        if self._open:
-            self._attachment.detach()
-            self._devices.restore()
-            self._open = False
-            self.store.close(flush=False)
+        if not self._open:
+            return
+        errors: list[TierStoreError] = []
+        for attachment in self.attachments:
+            try:
+                attachment.detach()
+            except TierStoreError as error:  # the other devices' weights come back all the same
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        self._devices.restore()
+        self._open = False
+        for attachment in self.attachments:
+            attachment.store.close(flush=False)
 
     @property
     def tier_map(self) -> dict[str, str]:
@@ -117,12 +126,14 @@ class Tiered:
 
     def prefetch(self, module: torch.nn.Module) -> None:
         """Start to bring the weights of `module` into the fast tier, as far as there is room; returns at once."""
-        self.store.prefetch(self._attachment.keys_of(module))
+        for attachment in self.attachments:
+            attachment.store.prefetch(attachment.keys_of(module))
 
     def offload(self, module: torch.nn.Module) -> None:
         """Take the weights of `module` out of the fast tier; they come back when they are used."""
-        self._attachment.release_held(module)
-        self.store.offload(self._attachment.keys_of(module))
+        for attachment in self.attachments:
+            attachment.release_held(module)
+            attachment.store.offload(attachment.keys_of(module))
 
     def resize(self, *, gpu: GpuSize | None = None, cpu: Size | None = None) -> None:
         """Change budgets while running; weights that no longer fit leave at once."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from tierstore.backend import SizingBackend
@@ -130,13 +128,11 @@ class Moves(Leasing):
         Raises `BudgetError` before anything moves where it is clear that not all will fit.
         """
         home = self.tiers[self.home]
-        # where only the writing shows whether all will fit, nothing may be evicted that was flushed a moment ago
-        make_room = self.free_room if isinstance(home.backend, SizingBackend) else self.make_room
         self._check_fits_all(home)
         flights: list[Flight] = []
         try:
             for entry in list(self.entries.values()):
-                flight = self._flush_entry(entry, make_room)
+                flight = self._flush_entry(entry)
                 flights += [flight] if flight is not None else []
         finally:
             while not all(flight.done for flight in flights):
@@ -148,7 +144,7 @@ class Moves(Leasing):
             for key in list(tier.stale):
                 self.delete_stale(tier, key)
 
-    def _flush_entry(self, entry: Entry, make_room: Callable[[int, int], bool]) -> Flight | None:
+    def _flush_entry(self, entry: Entry) -> Flight | None:
         """Start to copy an entry home, if it is not there, as soon as few enough are on their way and there is room."""
         while True:
             while self.busy_link(self.home):
@@ -157,20 +153,24 @@ class Moves(Leasing):
             self.refresh(entry)
             if self.entries.get(entry.key) is not entry or max(entry.tiers) >= self.home:
                 return None
-            flight = self._begin_if_room(entry, make_room)
+            flight = self._begin_if_room(entry)
             if flight is not None:
                 return flight
             if not self.flying_to(self.home):  # whose bytes may turn out to be fewer than what was reserved for them
                 raise self.no_room(f"flushing {entry.key!r}", entry.nbytes, self.home)
             self.engine.wait(self.lock)
 
-    def _begin_if_room(self, entry: Entry, make_room: Callable[[int, int], bool]) -> Flight | None:
+    def _begin_if_room(self, entry: Entry) -> Flight | None:
+        """Start to copy an entry home if there is room; for which nothing leaves that may have been flushed a moment ago.
+
+        That could happen where only the writing shows whether all will fit, and while others are on their way, each of which has
+        room for an older copy too until it has ended.
+        """
+        only_free = isinstance(self.tiers[self.home].backend, SizingBackend) or self.flying_to(self.home)
         self.mark_busy(entry)
         roomy = False
-        if self.flying_to(self.home):  # each has room for an older copy too, until it has ended: nothing has to leave for that
-            make_room = self.free_room
         try:
-            roomy = make_room(self.home, entry.nbytes)
+            roomy = self.free_room(self.home, entry.nbytes) if only_free else self.make_room(self.home, entry.nbytes)
         finally:
             if not roomy:
                 self.unmark_busy(entry)

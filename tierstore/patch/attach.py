@@ -67,13 +67,13 @@ class Attachment(StoreHost):
 
         `stored` says where the store has values already, by the ids of the tensors.
         """
-        regions = find_regions(named_tensors(roots)) if share is None else share.regions
-        modules = (module for root in roots.values() for module in root.modules()) if share is None else share.modules
-        find_stored(regions, stored or {})
-        check_room(self.moves.tiers, regions)
+        if share is None:
+            share = Share(find_regions(named_tensors(roots)), [module for root in roots.values() for module in root.modules()])
+        find_stored(share.regions, stored or {})
+        check_room(self.moves.tiers, share.regions)
         self.roots = dict(roots)
         try:
-            self._take(regions, modules, progress)
+            self._take(share.regions, share.modules, progress)
         except BaseException:
             self.detach()
             raise

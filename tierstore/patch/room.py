@@ -21,11 +21,12 @@ class _Sized(Protocol):
 S = TypeVar("S", bound=_Sized)
 
 
-def check_largest(weights: Iterable[_Sized], tier: str, budget: int | None) -> None:
+def check_largest(weights: Iterable[_Sized], tier: str, budget: int | None, hint: str = "") -> None:
     """Raise `BudgetError` if one of `weights` has no room in the fastest tier: no operation on it could run."""
     largest = max(weights, key=lambda weight: weight.spec.nbytes, default=None)
     if budget is not None and largest is not None and largest.spec.nbytes > budget:
-        raise BudgetError(f"any operation on {largest.name!r}", tier=tier, required_bytes=largest.spec.nbytes, budget_bytes=budget)
+        operation = f"any operation on {largest.name!r}"
+        raise BudgetError(operation, tier=tier, required_bytes=largest.spec.nbytes, budget_bytes=budget, hint=hint)
 
 
 def check_room(tiers: Sequence[Tier], regions: Sequence[Region]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from tierstore.errors import BudgetError
 from tierstore.patch.regions import Region
+from tierstore.patch.room import check_largest
 
 _NEAR = 16  # an end of a module is near enough within one of so many parts of a share
 _NEAR_BLOCK = 2  # the same for the ends of one of many alike modules
@@ -41,6 +42,10 @@ class Shares:
 
     parts: list[Share]
     places: dict[torch.nn.Module, tuple[int, ...]]
+
+    def lacking(self, budgets: Sequence[int]) -> list[int]:
+        """Return how many bytes of each share have no room on its device."""
+        return [max(part.nbytes - budget, 0) for part, budget in zip(self.parts, budgets, strict=True)]
 
 
 @dataclass(eq=False, slots=True)
@@ -71,13 +76,8 @@ def check_shares(shares: Shares, tiers: Sequence[str], budgets: Sequence[int], b
     `below`: the bytes of those, None without limit; `names` is what to call them.
     """
     for part, tier, budget in zip(shares.parts, tiers, budgets, strict=True):
-        largest = max(part.regions, key=lambda region: region.spec.nbytes, default=None)
-        if largest is not None and largest.spec.nbytes > budget:
-            raise BudgetError(
-                f"any operation on {largest.name!r}", tier=tier, required_bytes=largest.spec.nbytes, budget_bytes=budget,
-                hint=f"raise the budget of {tier!r}, or give the devices in another order",
-            )  # fmt: skip
-    over = [max(part.nbytes - budget, 0) for part, budget in zip(shares.parts, budgets, strict=True)]
+        check_largest(part.regions, tier, budget, f"raise the budget of {tier!r}, or give the devices in another order")
+    over = shares.lacking(budgets)
     if below is not None and sum(over) > below:
         worst = max(range(len(over)), key=over.__getitem__)
         regions = shares.parts[worst].regions

@@ -59,7 +59,7 @@ class Predictor:
 
     @property
     def foretold(self) -> bool:
-        """True unless nothing was foretold, or it was wrong."""
+        """True as long as what was foretold is believed: it has not happened yet, nor been wrong too often."""
         return self._foretold > 0
 
     @property
