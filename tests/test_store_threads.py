@@ -16,6 +16,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.rigs import Background, MakeRig, Slow, in_threads, value
+from tierstore.backend import SizingBackend
 from tierstore.errors import BudgetError, MissingKeyError, TierStoreError
 from tierstore.registry import open_backend
 from tierstore.store import TieredStore
@@ -335,11 +336,11 @@ def test_room_is_not_made_from_a_copy_that_is_being_replaced(rig: MakeRig) -> No
 
 
 class Paired(Slow):
-    """A put that goes on only when another one has begun; what `broken` names fails then."""
+    """A put that goes on only when another one, or as many as make `parties`, has begun; what `broken` names fails then."""
 
-    def __init__(self) -> None:
+    def __init__(self, parties: int = 2) -> None:
         super().__init__()
-        self.barrier = threading.Barrier(2)
+        self.barrier = threading.Barrier(parties)
         self.broken = ""
         self.active = self.most = 0
         self._counting = threading.Lock()
@@ -368,14 +369,39 @@ def test_a_flush_writes_several_values_at_the_same_time(rig: MakeRig) -> None:
     r.check()
 
 
-def test_large_values_are_flushed_two_at_a_time(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+class SizingPaired(Paired, SizingBackend):
+    def stored_bytes(self, key: str) -> int:
+        return self.get(key).nbytes
+
+
+def test_eight_values_are_flushed_at_a_time_however_large(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tierstore.flights._MUCH", 10)
-    slow = Paired()
+    slow = Paired(8)
+    r = rig(160, None, slow=slow)
+    for number in range(16):
+        r.store.put(str(number), value(10, number))
+    r.store.flush()
+    assert slow.most == 8
+
+
+def test_large_values_that_are_encoded_are_flushed_two_at_a_time(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tierstore.flights._MUCH", 10)
+    slow = SizingPaired()
     r = rig(100, None, slow=slow)
     for number in range(6):
         r.store.put(str(number), value(10, number))
     r.store.flush()
     assert slow.most == 2
+
+
+def test_a_flush_begins_with_the_largest_values(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tierstore.writing._AT_ONCE", 1)
+    slow = Slow()
+    r = rig(100, None, slow=slow)
+    for number in (3, 1, 4, 2):
+        r.store.put(str(number), value(number))
+    r.store.flush()
+    assert [key for key, _ in slow.entries()] == list("4321")
 
 
 def test_a_flush_of_which_one_value_fails_has_ended_when_it_says_so(rig: MakeRig) -> None:

@@ -184,8 +184,9 @@ class Flights(Residency):
     def _link_idle(self, level: int) -> bool:
         return not self.closed and not self.busy_link(level)
 
-    def flying_to(self, level: int) -> bool:
-        return self._flights[level] > 0
+    def flying_to(self, level: int) -> int:
+        """How many copies are on their way into a tier."""
+        return self._flights[level]
 
     def busy_link(self, level: int) -> bool:
         """True while more copies into a tier would not make the link to it carry more."""

@@ -12,6 +12,8 @@ from tierstore.leasing import Leasing
 from tierstore.spec import TensorSpec, raw_bytes, storable
 from tierstore.tier import Tier
 
+_AT_ONCE = 8  # values that `flush` writes; each waits for the device more than once
+
 
 class Moves(Leasing):
     """Everything that can happen to entries: moves, leases and, here, writes. What a `TieredStore` is built on."""
@@ -131,7 +133,7 @@ class Moves(Leasing):
         self._check_fits_all(home)
         flights: list[Flight] = []
         try:
-            for entry in list(self.entries.values()):
+            for entry in sorted(self.entries.values(), key=lambda entry: entry.nbytes, reverse=True):  # what ends last ends soon
                 flight = self._flush_entry(entry)
                 flights += [flight] if flight is not None else []
         finally:
@@ -147,7 +149,7 @@ class Moves(Leasing):
     def _flush_entry(self, entry: Entry) -> Flight | None:
         """Start to copy an entry home, if it is not there, as soon as few enough are on their way and there is room."""
         while True:
-            while self.busy_link(self.home):
+            while self._busy_flushing():
                 self.engine.wait(self.lock)
             self.wait_until_idle(entry)
             self.refresh(entry)
@@ -160,13 +162,19 @@ class Moves(Leasing):
                 raise self.no_room(f"flushing {entry.key!r}", entry.nbytes, self.home)
             self.engine.wait(self.lock)
 
+    def _busy_flushing(self) -> bool:
+        """True while no more should be on its way home; what is encoded first takes memory beside the value."""
+        if isinstance(self.tiers[self.home].backend, SizingBackend):
+            return self.busy_link(self.home)
+        return self.flying_to(self.home) >= _AT_ONCE
+
     def _begin_if_room(self, entry: Entry) -> Flight | None:
         """Start to copy an entry home if there is room; for which nothing leaves that may have been flushed a moment ago.
 
         That could happen where only the writing shows whether all will fit, and while others are on their way, each of which has
         room for an older copy too until it has ended.
         """
-        only_free = isinstance(self.tiers[self.home].backend, SizingBackend) or self.flying_to(self.home)
+        only_free = isinstance(self.tiers[self.home].backend, SizingBackend) or self.flying_to(self.home) > 0
         self.mark_busy(entry)
         roomy = False
         try:

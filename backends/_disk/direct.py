@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -91,12 +91,20 @@ class DirectWriter:
 
         Several pieces are written at the same time: one request at a time leaves a fast device waiting for the next.
         """
-        first, *others = range(0, len(data), PIECE) or [0]
-        acts = [partial(self._write_piece, data[start : start + PIECE], offset + start) for start in others]
-        with self._pool.running(*acts) as results:
-            self._write_piece(data[first : first + PIECE], offset)
-            for result in results:
-                result()
+        first, *others = self._pieces(data, offset)
+        with self._pool.running(*others) as written:
+            _end(first, written)
+
+    def write_beside(self, data: memoryview, offset: int, act: Callable[[], T]) -> T:
+        """Do the same, and `act` in another thread as soon as no piece is left for it to write; return what that returns."""
+        first, *others = self._pieces(data, offset)
+        with self._pool.running(*others) as written, self._pool.running(act) as (acted,):
+            _end(first, written)
+            return acted()
+
+    def _pieces(self, data: memoryview, offset: int) -> list[Callable[[], None]]:
+        """Return what writes each piece, at least one."""
+        return [partial(self._write_piece, data[start : start + PIECE], offset + start) for start in range(0, len(data), PIECE) or [0]]
 
     def _write_piece(self, data: memoryview, offset: int) -> None:
         whole = len(data) // PAGE * PAGE if _aligned(data) else 0
@@ -136,6 +144,13 @@ class DirectWriter:
             return count - rest
         self._system.set_direct(self.descriptor, direct=False)
         return count
+
+
+def _end(first: Callable[[], None], others: Iterable[Callable[[], None]]) -> None:
+    """Write the first piece, and wait until the others are written."""
+    first()
+    for wait in others:
+        wait()
 
 
 def _result(future: Future[T], act: Callable[[], T]) -> T:

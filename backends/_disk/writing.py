@@ -93,14 +93,17 @@ class BlobWriter:
             head = self._head(draft, sums)
             writer.write_together(head, data, 0)
         else:
-            with self._pool.running(partial(checksums, data)) as (summed,):
-                writer.write(data, size)
-                sums = summed()
-            head = self._head(draft, sums)
-            writer.write(memoryview(head), 0)
+            sums, head = writer.write_beside(data, size, partial(self._write_head, writer, draft))
         if total % PAGE:
             self._system.truncate(descriptor, total)
         return Row(draft.key, blob, size, draft.spec, sums, checksum(head), draft.generation, FORMAT_VERSION)
+
+    def _write_head(self, writer: DirectWriter, draft: Draft) -> tuple[bytes, bytes]:
+        """Write the head; return the checksums in it, and the head."""
+        sums = checksums(draft.data)
+        head = self._head(draft, sums)
+        writer.write(memoryview(head), 0)
+        return sums, head
 
     def _head(self, draft: Draft, sums: bytes) -> bytes:
         return encode_head(draft.key, draft.spec, sums, draft.generation, self._store)

@@ -15,7 +15,7 @@ from tierstore.spec import raw_bytes
 from tierstore.transfer.engine import Arrived, Done, Engine, Transfer, copy_value
 from tierstore.transfer.reader import Reader
 
-WORKERS = 4
+WORKERS = 8  # most of them wait: a durable write does so for the device several times
 
 
 class ThreadEngine(Engine):
