@@ -65,7 +65,8 @@ def _indexed(index: Path) -> dict[str, Located]:
     """Read the shards that an index names; each tensor must be where the index says."""
     weight_map = _weight_map(index)
     shards = {name: _shard(index, name) for name in dict.fromkeys(weight_map.values())}
-    missing = [name for name, file in shards.items() if not file.is_file()]
+    beside = {entry.name for entry in index.parent.iterdir() if entry.is_file()}
+    missing = [name for name in shards if name not in beside]  # also one that no file system would take
     if missing:
         raise CheckpointError(
             f"{index.parent} lacks {len(missing)} of {len(shards)} shards that {index.name} names: {', '.join(missing[:5])}"

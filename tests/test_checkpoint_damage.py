@@ -110,6 +110,17 @@ def test_a_missing_shard(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "\ud800.safetensors"])
+def test_a_shard_whose_name_no_file_can_have(name: str, tmp_path: Path) -> None:
+    write_shards(tmp_path, STATE)
+    index = tmp_path / "model.safetensors.index.json"
+    told = json.loads(index.read_text())
+    told["weight_map"]["a"] = name
+    index.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=r"lacks 1 of \d shards"):
+        opened(tmp_path)
+
+
 @pytest.mark.parametrize(
     "name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\b.safetensors", "x\0.safetensors"]
 )
