@@ -224,8 +224,9 @@ def planted(node: Node, root: Node, missing: str) -> bool:
 def test_a_kill_at_any_moment_loses_nothing_that_was_committed(tmp_path: Path, kills: int) -> None:
     root, rng = tmp_path / "store", random.Random(0)
     expected: Stored = {}
-    steps = 0
-    for number in range(kills):
+    steps = number = 0
+    while number < kills or steps <= kills:  # a busy machine gets more of them, or the children would be killed before they do anything
+        number += 1
         child = Child(write_until_killed, str(root), number)
         if rng.random() < 0.8:  # else it may not have opened the store yet
             child.channel.poll(10)
@@ -238,8 +239,7 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_committed(tmp_path: Path, k
             else:
                 begun = message  # type: ignore[assignment]
         expected = reopened(root, expected, begun)
-    print(f"{kills} kills among {steps} steps")  # noqa: T201
-    assert steps > kills
+    print(f"{number} kills among {steps} steps")  # noqa: T201
 
 
 def after(values: Stored, step: CodedStep) -> Stored:
