@@ -374,24 +374,16 @@ class SizingPaired(Paired, SizingBackend):
         return self.get(key).nbytes
 
 
-def test_eight_values_are_flushed_at_a_time_however_large(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "most"), [(Paired, 8), (SizingPaired, 2)])
+def test_as_many_large_values_are_flushed_at_a_time(kind: type[Paired], most: int, rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight; two where each is encoded first, which takes memory beside it."""
     monkeypatch.setattr("tierstore.flights._MUCH", 10)
-    slow = Paired(8)
+    slow = kind(most)
     r = rig(160, None, slow=slow)
     for number in range(16):
         r.store.put(str(number), value(10, number))
     r.store.flush()
-    assert slow.most == 8
-
-
-def test_large_values_that_are_encoded_are_flushed_two_at_a_time(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tierstore.flights._MUCH", 10)
-    slow = SizingPaired()
-    r = rig(100, None, slow=slow)
-    for number in range(6):
-        r.store.put(str(number), value(10, number))
-    r.store.flush()
-    assert slow.most == 2
+    assert slow.most == most
 
 
 def test_a_flush_begins_with_the_largest_values(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
