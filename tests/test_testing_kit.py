@@ -538,7 +538,7 @@ class LeavesAThread(DictBackend):
     def put(self, key: str, tensor: torch.Tensor) -> None:
         super().put(key, tensor)
         if "_thread" not in self.__dict__:
-            self.__dict__["_thread"] = thread = threading.Thread(target=self.over.wait, name=f"left by {id(self)}", daemon=True)
+            self.__dict__["_thread"] = thread = threading.Thread(target=self.over.wait, name="as all others", daemon=True)
             thread.start()
 
 

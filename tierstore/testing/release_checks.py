@@ -55,6 +55,6 @@ def _resident_bytes() -> int:
 
 def _held() -> set[str]:
     """Name the threads and the open files of this process."""
-    threads = {f"thread {thread.name}" for thread in threading.enumerate()}
+    threads = {f"thread {thread.name} ({thread.native_id})" for thread in threading.enumerate()}
     names = list(_DESCRIPTORS.iterdir()) if _DESCRIPTORS.exists() else []
     return threads | {f"file {name.name} ({name.readlink()})" for name in names if name.is_symlink()}
