@@ -109,6 +109,21 @@ def test_one_link_reaches_its_bound(count: int, room: int, seconds_each: float, 
     run.store.close()
 
 
+def test_a_plan_made_in_a_disturbed_round_is_spread_anew() -> None:
+    """Something slows down the second half of the first round: more of that half would stream for good, if nobody looked again."""
+    sizes = blocks(80)
+    run = make_run(sizes, [400], [10.0])
+    run.use(list(sizes), [0.5] * 40 + [9.0] * 40)
+    for _ in range(4):
+        run.use(list(sizes), 0.6)
+    started, before = run.clock.now, run.store.stats().links["slow->fast"].bytes
+    for _ in range(4):
+        run.use(list(sizes), 0.6)
+    moved = run.store.stats().links["slow->fast"].bytes - before
+    assert moved <= 4 * (800 - 400 + 20)
+    assert run.clock.now - started <= 1.05 * max(4 * 80 * 0.6, moved / 10)
+
+
 def foretold(run: Run, keys: Sequence[str]) -> Lane:
     lane = run.store.tiers[0].policy
     assert isinstance(lane, Lane)

@@ -56,6 +56,19 @@ class Cycle:
         for _, run in groupby(keys, lambda key: self.together.get(key, key)):
             yield list(run)
 
+    def late(self, resident: Collection[str], ring: int) -> float:
+        """Return for how many seconds computing waits if the link is just fast enough: what is computed at one place, or is
+        streamed there, cannot make up for another that is more than `ring` bytes away."""
+        streamed = [0 if key in resident else self.sizes[key] for key in self.keys]
+        price = sum(self.durations) / max(1, sum(streamed))
+        saved = late = 0.0
+        for _ in range(2):  # the first time round shows with how much the second begins
+            late = 0.0
+            for nbytes, duration in zip(streamed, self.durations, strict=True):
+                late += max(0.0, nbytes * price - saved)
+                saved = min(max(0.0, saved - nbytes * price) + duration, ring * price)
+        return late
+
     def spread(self, group: Collection[str], free: int, ring: int) -> set[str]:
         """Return keys of `group` of at most `free` bytes to stay, such that the others are spread evenly over the computing.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from tierstore.planning.cycle import Cycle
 from tierstore.planning.plan import Plan, plan
 from tierstore.planning.policy import PolicyFactory
 from tierstore.planning.predictor import Predictor
@@ -14,6 +15,9 @@ _ENOUGH = 32  # expected accesses in a row after which a repetition is believed;
 _ENOUGH_OF_FORETOLD = 8
 _FEWEST = 4
 _BETTER = 0.98  # a new plan replaces one that moves at least this much less
+_REFINEMENTS = 2  # repetitions after which a plan is compared with one that knows more of how long is computed where
+_WORTH = 0.03  # of the time of computing that a plan with another spread must save
+_GROWTH = 1.25  # by which a duration may grow from one time to the next: what disturbs a program makes it slower, never faster
 FIXED_BYTES = 512 << 10  # what a transfer costs on top of its bytes: 0.2 ms at 2.5 GB/s from a disk, or 10 us at 50 GB/s
 
 
@@ -55,6 +59,7 @@ class Schedule:
         self._squeezed = 0  # bytes that should have stayed and had to leave, in this repetition
         self._extra = 0  # bytes left free for them since
         self._until_check = 0
+        self._refinements = 0  # still to come
 
     def add(self, lane: Follower) -> int:
         """Let the policy of the next tier, fastest first, follow; return its level."""
@@ -109,7 +114,9 @@ class Schedule:
         moment = self.now()
         if self._last is not None:
             last, since = self._last
-            self.durations[last] = max(0.0, moment - since - self.waited)
+            seconds = max(0.0, moment - since - self.waited)
+            before = self.durations.get(last)
+            self.durations[last] = seconds if not before else min(seconds, _GROWTH * before)
         self._last, self.waited = (key, moment), 0.0
 
     def _seconds(self, cycle: list[str]) -> list[float] | None:
@@ -125,8 +132,12 @@ class Schedule:
         """As many uses were expected: look whether it is time for another plan."""
         self._until_check -= count
         period = self.predictor.period
-        if period is not None and (period != self._considered or (self._until_check <= 0 and self._squeezed)):
+        if period is None:
+            return
+        if period != self._considered or (self._until_check <= 0 and self._squeezed):
             self._consider(period)
+        elif self._until_check <= 0 < self._refinements:
+            self._refine(period)
 
     def rest(self, key: str) -> int | None:
         """Return the level in which the plan keeps `key`; None if it says nothing."""
@@ -160,6 +171,21 @@ class Schedule:
         if squeezed or self._improves(new, cycle):
             self._adopt(new)
             self._guessed = self.predictor.guessing
+            self._refinements = _REFINEMENTS
+
+    def _refine(self, period: int) -> None:
+        """Spread the plan at hand anew if its durations were measured in a time that was not like those since."""
+        self._until_check = period
+        self._refinements -= 1
+        cycle = [key for key in self.predictor.cycle() if key in self.sizes]
+        budgets, durations = self._budgets(cycle), self._seconds(cycle)
+        if self.plan is None or budgets is None or durations is None:
+            return
+        new = self._plan(cycle, budgets)
+        timed = Cycle(cycle, durations, self.sizes, self.together)
+        now, then = (timed.late({key for key in cycle if each.rest.get(key) == 0}, each.ring_bytes[0]) for each in (self.plan, new))
+        if now - then > _WORTH * sum(durations) and new.link_bytes[0] <= self._moved(cycle):
+            self._adopt(new)
 
     def _budgets(self, cycle: list[str]) -> list[int | None] | None:
         """Return the budgets to plan with, None if an entry alone exceeds the first."""
@@ -190,9 +216,14 @@ class Schedule:
         """True if `new` moves clearly less than the plan at hand, or knows keys that it does not, for no more."""
         if self.plan is None:
             return True
-        now = sum(self.sizes[key] for key in cycle if self.plan.rest.get(key) != 0)
+        now = self._moved(cycle)
         unknown = any(key not in self.plan.rest for key in cycle)
         return new.link_bytes[0] < _BETTER * now or (unknown and new.link_bytes[0] <= now)
+
+    def _moved(self, cycle: list[str]) -> int:
+        """Return the bytes that come into the fastest tier in one repetition by the plan at hand."""
+        rest = {} if self.plan is None else self.plan.rest
+        return sum(self.sizes[key] for key in cycle if rest.get(key) != 0)
 
     def _adopt(self, new: Plan | None) -> None:
         self.plan, self._guessed = new, False

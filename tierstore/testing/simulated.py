@@ -101,6 +101,7 @@ class SimulatedEngine(Engine):
     ) -> None:
         self.clock = clock
         self.links = dict(links)
+        self.computes_now = not ordered
         self._fault = fault
         self._ordered = ordered
 
