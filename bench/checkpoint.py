@@ -12,6 +12,9 @@ its own, which counts interpreter, libraries and page cache, and with none of th
                what does not fit is read from the checkpoint whenever it is needed;
 - accelerate-disk:  `from_pretrained(DIR)` and `disk_offload`, for which the model is loaded first and written to a second copy.
 
+In every round the files are also read by none of them, around the page cache, at the speed of the device: no first output can
+come much sooner than a process has opened the checkpoint and read it.
+
 Both get the same dtype and the same input. "first output" is from the call that opens the checkpoint to the logits of one pass
 over the prompt; "from start" is from the start of the process, imports included. Bytes written are those that the system
 counts for the process, less what it writes to tell the result, which is nothing: that goes through a pipe.
@@ -38,6 +41,7 @@ import torch
 from accelerate import disk_offload
 from caps import Cap, Cgroup, make_cap
 from offload_children import Child, Fate, forget_pages
+from raw_speed import RawReader
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -165,6 +169,15 @@ def run(task: Task, limit: int | None) -> Outcome | Fate:
             child.close()
 
 
+def raw_seconds(checkpoint: str) -> float:
+    """Return how long the device needs for all bytes of a checkpoint."""
+    total = 0.0
+    for file in Path(checkpoint).glob("*.safetensors"):
+        with RawReader(file) as reader:
+            total += file.stat().st_size / reader.measure()
+    return total
+
+
 def table_of(runs: dict[str, list[Outcome | Fate]], expected: str) -> Table:
     table = Table(title="medians over rounds; ratio: seconds to first output over tierstore's")
     for name in (
@@ -219,7 +232,9 @@ def measure(options: argparse.Namespace, place: str) -> int:
     if isinstance(plain, Fate):
         raise plain
     runs: dict[str, list[Outcome | Fate]] = {name: [] for name in options.contenders}
+    raw: list[float] = []
     for number in range(options.rounds):
+        raw.append(raw_seconds(checkpoint))
         turn = number % len(options.contenders)
         for name in options.contenders[turn:] + options.contenders[:turn]:
             outcome = run(Task(name, checkpoint, place, options.budget), options.cap)
@@ -227,6 +242,8 @@ def measure(options: argparse.Namespace, place: str) -> int:
             console.print(f"round {number + 1}: {name}: {outcome if isinstance(outcome, Fate) else outcome.told}")
     console.print(f"checkpoint {format_size(size)}, cap {format_size(options.cap)}, budget of weights {format_size(options.budget)}")
     console.print(table_of(runs, plain.told["digest"]))
+    listed = ", ".join(f"{seconds:.2f}" for seconds in raw)
+    console.print(f"reading the files with direct I/O, in the same rounds: {statistics.median(raw):.2f} s ({listed})")
     return 0
 
 

@@ -11,9 +11,9 @@ which is the one of 1, 2 and 4 threads with the highest median. Raw is `pwrite` 
 Like is compared with like. What was written in the turn before is deleted, and the system flushed, before anybody's time
 begins. Durable: raw writes end when every file has been flushed, and so does every contender; what a library does not flush
 is flushed for it, and timed. The disk backend also has every name, checksum and commit on the device when a `put` returns;
-"at once" is how many threads put, and `flush()` is that of a store whose values are in RAM. "File by file" is raw with file
-and name flushed before the next begins. Scratch: nobody flushes, raw neither. Reads are cold (the files' pages are dropped
-before each) and end in memory of the process.
+"at once" is how many threads put, and `flush()` is that of a store whose values are in RAM; both stay open from round to
+round. "File by file" is raw with file and name flushed before the next begins. Scratch: nobody flushes, raw neither. Reads
+are cold (the files' pages are dropped before each) and end in memory of the process.
 """
 
 import argparse
@@ -150,7 +150,7 @@ def emptied(backend: Backend, tensors: Mapping[str, torch.Tensor]) -> Iterator[B
 
 def run_durable_writes(folder: Path, tensors: Mapping[str, torch.Tensor], others: list[Format], rounds: int) -> Figures:
     figures = Figures()
-    with closing(DiskBackend(folder / "written")) as backend:
+    with closing(DiskBackend(folder / "written")) as backend, TieredStore.open(folder / "flushed", cpu=sum(SIZES)) as store:
         for _ in range(rounds):
             for count in THREADS:
                 figures.add(raw_name(count), rate(Raw(cleared(folder / "raw"), count).write_durably))
@@ -158,7 +158,7 @@ def run_durable_writes(folder: Path, tensors: Mapping[str, torch.Tensor], others
             for count in THREADS:
                 with emptied(backend, tensors):
                     figures.add(f"disk backend, {count} at once", rate(lambda count=count: put_all(backend, tensors, count)))
-            figures.add("flush() of a store in RAM", rate_of_flush(folder / "flushed", tensors))
+            figures.add("flush() of a store in RAM", rate_of_flush(store, tensors))
             for other in others:
                 if other.write is not None:
                     cleared(other.folder)
@@ -166,13 +166,12 @@ def run_durable_writes(folder: Path, tensors: Mapping[str, torch.Tensor], others
     return figures
 
 
-def rate_of_flush(folder: Path, tensors: Mapping[str, torch.Tensor]) -> float:
-    with TieredStore.open(folder, cpu=sum(SIZES)) as store:
-        for key, tensor in tensors.items():
-            store.put(key, tensor)
-        found = rate(store.flush)
-        for key in tensors:
-            del store[key]
+def rate_of_flush(store: TieredStore, tensors: Mapping[str, torch.Tensor]) -> float:
+    for key, tensor in tensors.items():
+        store.put(key, tensor)
+    found = rate(store.flush)
+    for key in tensors:
+        del store[key]
     os.sync()
     return found
 
