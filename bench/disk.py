@@ -6,7 +6,9 @@
 Values of 4 to 64 MiB, 496 MiB in all, in memory as aligned as a tier of RAM has it. The contenders take turns in every
 round; each figure is the median over the rounds, and a ratio the median of the ratios within a round to the best raw route,
 which is the one of 1, 2 and 4 threads with the highest median. Raw is `pwrite` and `preadv` with direct I/O in requests of
-8 MiB, from and into the same huge pages again and again.
+8 MiB that go round in 256 MiB of huge pages, as much as four of the largest values take. "The same 8 MiB" is one thread that
+reads into one place again and again: so fast is memory that nobody needs for long, and which may never leave the
+processor's cache; it is no route for values that are to stay.
 
 Like is compared with like. What was written in the turn before is deleted, and the system flushed, before anybody's time
 begins. Durable: raw writes end when every file has been flushed, and so does every contender; what a library does not flush
@@ -31,7 +33,7 @@ from pathlib import Path
 
 import torch
 from disk_formats import Format, files_in, formats
-from disk_raw import MIB, SIZES, Raw
+from disk_raw import MIB, REQUEST, SIZES, Raw, huge_slab
 from rich.console import Console
 from rich.table import Table
 
@@ -148,13 +150,15 @@ def emptied(backend: Backend, tensors: Mapping[str, torch.Tensor]) -> Iterator[B
     os.sync()
 
 
-def run_durable_writes(folder: Path, tensors: Mapping[str, torch.Tensor], others: list[Format], rounds: int) -> Figures:
+def run_durable_writes(folder: Path, tensors: Mapping[str, torch.Tensor], raws: list[Raw], others: list[Format], rounds: int) -> Figures:
     figures = Figures()
     with closing(DiskBackend(folder / "written")) as backend, TieredStore.open(folder / "flushed", cpu=sum(SIZES)) as store:
         for _ in range(rounds):
-            for count in THREADS:
-                figures.add(raw_name(count), rate(Raw(cleared(folder / "raw"), count).write_durably))
-            figures.add("raw, 4 threads, file by file", rate(Raw(cleared(folder / "raw"), 4).write_each_durably))
+            for raw in raws:
+                cleared(raw.folder)
+                figures.add(raw_name(raw.threads), rate(raw.write_durably))
+            cleared(raws[-1].folder)
+            figures.add(f"{raw_name(raws[-1].threads)}, file by file", rate(raws[-1].write_each_durably))
             for count in THREADS:
                 with emptied(backend, tensors):
                     figures.add(f"disk backend, {count} at once", rate(lambda count=count: put_all(backend, tensors, count)))
@@ -176,24 +180,26 @@ def rate_of_flush(store: TieredStore, tensors: Mapping[str, torch.Tensor]) -> fl
     return found
 
 
-def run_scratch_writes(folder: Path, tensors: Mapping[str, torch.Tensor], rounds: int) -> Figures:
+def run_scratch_writes(folder: Path, tensors: Mapping[str, torch.Tensor], raws: list[Raw], rounds: int) -> Figures:
     figures = Figures()
     with closing(DiskBackend.scratch(folder)) as backend:
         for _ in range(rounds):
-            for count in THREADS:
-                figures.add(raw_name(count), rate(Raw(cleared(folder / "raw"), count).write))
+            for raw in raws:
+                cleared(raw.folder)
+                figures.add(raw_name(raw.threads), rate(raw.write))
             for count in THREADS:
                 with emptied(backend, tensors):
                     figures.add(f"scratch, {count} at once", rate(lambda count=count: put_all(backend, tensors, count)))
     return figures
 
 
-def run_reads(folder: Path, reader: Reader, others: list[Format], rounds: int) -> Figures:
-    figures, arena = Figures(), Arena()
+def run_reads(folder: Path, reader: Reader, raws: list[Raw], others: list[Format], rounds: int) -> Figures:
+    figures, arena, narrow = Figures(), Arena(), Raw(raws[0].folder, 1, huge_slab(REQUEST))
     checked = {"first": "checksums on", "never": "checksums off"}
     for _ in range(rounds):
-        for count in THREADS:
-            figures.add(raw_name(count), rate(Raw(folder / "raw", count).read))
+        for raw in raws:
+            figures.add(raw_name(raw.threads), rate(raw.read))
+        figures.add("raw, 1 thread, the same 8 MiB", rate(narrow.read))
         for verify, name in checked.items():
             drop_cache(folder)
             with closing(DiskBackend(folder / "store", verify=verify)) as backend:  # type: ignore[arg-type]
@@ -226,13 +232,14 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(width=140, highlight=False)
     with tempfile.TemporaryDirectory(prefix="disk-", dir=options.dir) as directory, closing(Reader()) as reader:
-        folder, tensors = Path(directory), values()
+        folder, tensors, memory = Path(directory), values(), huge_slab(256 * MIB)
+        raws = [Raw(folder / "raw", count, memory) for count in THREADS]
         others = list(formats(folder, tensors))
-        console.print(run_durable_writes(folder, tensors, others, options.rounds).table("Durable writes"))
-        console.print(run_scratch_writes(folder, tensors, options.rounds).table("Scratch writes, nothing flushed"))
+        console.print(run_durable_writes(folder, tensors, raws, others, options.rounds).table("Durable writes"))
+        console.print(run_scratch_writes(folder, tensors, raws, options.rounds).table("Scratch writes, nothing flushed"))
         with closing(DiskBackend(folder / "store")) as backend:
             put_all(backend, tensors, 1)
-        console.print(run_reads(folder, reader, others, options.rounds).table("Cold reads"))
+        console.print(run_reads(folder, reader, raws, others, options.rounds).table("Cold reads"))
         console.print(warm(tensors))
     return 0
 

@@ -1,12 +1,14 @@
 """What the device delivers to a Python process that writes and reads plain files, with direct I/O and nothing else to do."""
 
-import ctypes
 import mmap
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 MIB = 1 << 20
 SIZES = [size * MIB for size in (4, 8, 16, 32, 64) for _ in range(4)]
@@ -14,9 +16,10 @@ REQUEST = 8 * MIB
 
 
 def huge_slab(nbytes: int) -> memoryview:
+    """Return memory in huge pages with random bytes in it."""
     slab = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     slab.madvise(mmap.MADV_HUGEPAGE)
-    ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(slab)), 1, nbytes)
+    torch.frombuffer(slab, dtype=torch.uint8).random_(256, generator=torch.Generator().manual_seed(0))
     return memoryview(slab)
 
 
@@ -25,23 +28,34 @@ def in_threads(count: int, act: Callable[[int], None]) -> None:
         list(pool.map(act, range(count)))
 
 
-class Raw:
-    """One new file for each of `SIZES`, cut into requests that `threads` threads share; each has one slab of huge pages."""
+class _Part(NamedTuple):
+    """A part of the file `number`, and the memory that it is written from and read into."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    number: int
+    start: int
+    length: int
+    memory: memoryview
+
+
+class Raw:
+    """One new file for each of `SIZES`, cut into requests that `threads` threads share.
+
+    They go around in `memory`, of whole requests: each uses the part after that of the one before.
+    """
+
+    def __init__(self, folder: Path, threads: int, memory: memoryview) -> None:
         self.folder = folder
         self.threads = threads
-        self._slabs = [huge_slab(REQUEST) for _ in range(threads)]
-        self._parts = [
-            (number, start, min(REQUEST, size - start)) for number, size in enumerate(SIZES) for start in range(0, size, REQUEST)
-        ]
+        places = [memory[start : start + REQUEST] for start in range(0, len(memory), REQUEST)]
+        cuts = ((number, start, min(REQUEST, size - start)) for number, size in enumerate(SIZES) for start in range(0, size, REQUEST))
+        self._parts = [_Part(*cut, places[place % len(places)][: cut[2]]) for place, cut in enumerate(cuts)]
 
     def read(self) -> None:
         with self._opened(os.O_RDONLY) as files:
 
             def act(thread: int) -> None:
-                for number, start, length in self._parts[thread :: self.threads]:
-                    if os.preadv(files[number], [self._slabs[thread][:length]], start) != length:
+                for part in self._parts[thread :: self.threads]:
+                    if os.preadv(files[part.number], [part.memory], part.start) != part.length:
                         raise OSError("a short read")
 
             in_threads(self.threads, act)
@@ -64,8 +78,7 @@ class Raw:
         try:
             with self._new_files() as files, ThreadPoolExecutor(self.threads) as pool:
                 for number, file in enumerate(files):
-                    parts = [(part, place) for place, part in enumerate(self._parts) if part[0] == number]
-                    list(pool.map(lambda part: self._write_part(files, part[0], part[1] % self.threads), parts))
+                    list(pool.map(lambda part: _write(files, part), [part for part in self._parts if part.number == number]))
                     os.fsync(file)
                     os.fsync(directory)
         finally:
@@ -74,14 +87,9 @@ class Raw:
     def _fill(self, files: list[int]) -> None:
         def act(thread: int) -> None:
             for part in self._parts[thread :: self.threads]:
-                self._write_part(files, part, thread)
+                _write(files, part)
 
         in_threads(self.threads, act)
-
-    def _write_part(self, files: list[int], part: tuple[int, int, int], thread: int) -> None:
-        number, start, length = part
-        if os.pwrite(files[number], self._slabs[thread][:length], start) != length:
-            raise OSError("a short write")
 
     @contextmanager
     def _new_files(self) -> Iterator[list[int]]:
@@ -98,3 +106,8 @@ class Raw:
             for file in files:
                 stack.callback(os.close, file)
             yield files
+
+
+def _write(files: list[int], part: _Part) -> None:
+    if os.pwrite(files[part.number], part.memory, part.start) != part.length:
+        raise OSError("a short write")
