@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from accelerate import disk_offload
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from tierstore import BudgetError, tiered
+from tierstore import BudgetError, from_pretrained, tiered
 
 Grads = dict[str, Tensor | None]
 MORE_BUDGET = 6  # how often a budget may be raised: each operation that needs more says so only when it is reached
@@ -164,4 +165,24 @@ def tiered_run(model: nn.Module, run: Callable[[], Outcome]) -> tuple[Outcome, f
             with torch.no_grad():  # the attempt may have got as far as the running statistics of a BatchNorm
                 for tensor, value in before:
                     tensor.copy_(value)
+    raise RuntimeError(f"the budget was raised {MORE_BUDGET} times, to {budget} of {total} bytes, and still did not do")
+
+
+def reloaded_run(kind: Any, folder: str, total: int, run: Callable[[nn.Module], Outcome]) -> Outcome:
+    """Runs a model of class `kind` whose weights stay in the checkpoint in `folder`, with a third of their `total` bytes in RAM.
+
+    Where one operation alone needs more than the third, RAM gets what the error asks for.
+    """
+    budget = total // 3
+    for _ in range(MORE_BUDGET):
+        try:
+            model = from_pretrained(kind, folder, cpu=budget, device="cpu")
+            try:
+                return run(model)
+            finally:
+                model.tiered.close()
+        except BudgetError as error:
+            if error.required_bytes <= budget:
+                raise
+            budget = error.required_bytes
     raise RuntimeError(f"the budget was raised {MORE_BUDGET} times, to {budget} of {total} bytes, and still did not do")

@@ -2,14 +2,16 @@
 
     python bench/zoo.py [--only TYPE ...] [--limit N] [--no-peers] [--json FILE] [--jobs 2]
 
-Tiered means a third of the model's bytes in the fast tier, a third in RAM, the rest on disk. Each model runs in a process
-of its own: one that hangs or crashes costs its own row.
+Tiered means a third of the model's bytes in the fast tier, a third in RAM, the rest on disk. Reloaded means saved by
+transformers and opened by `tierstore.from_pretrained` with a third in RAM, against what transformers itself loads. Each model
+runs in a process of its own: one that hangs or crashes costs its own row.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import tempfile
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
@@ -17,13 +19,13 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from exact import Outcome, accelerate_offload, difference, state_of, tiered_run
+from exact import Outcome, accelerate_offload, difference, reloaded_run, state_of, tiered_run
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -48,6 +50,8 @@ class Row:
     plain_grads: str = ""
     outputs: str = ""
     grads: str = ""
+    plain_reloaded: str = ""
+    reloaded: str = ""
     peer_outputs: str = ""
     peer_grads: str = ""
     ended: str = ""
@@ -58,7 +62,11 @@ class Row:
         """The first thing that is wrong with the tiered run, or with the whole process."""
         if self.built and self.built != EQUAL:
             return ""
-        wrong = {"outputs": self.outputs, "gradients": self.grads if self.plain_grads == EQUAL else EQUAL}
+        wrong = {
+            "outputs": self.outputs,
+            "gradients": self.grads if self.plain_grads == EQUAL else EQUAL,
+            "reloaded": self.reloaded if self.plain_reloaded == EQUAL else EQUAL,
+        }
         return "; ".join(f"{what}: {verdict or 'not reached'}" for what, verdict in wrong.items() if verdict != EQUAL)
 
 
@@ -96,6 +104,7 @@ def stages(row: Row, peers: bool) -> Iterator[None]:
     with_grads, row.plain_grads = plain_gradients(sample)
     yield
     yield from tiered_stages(row, sample, plain, with_grads)
+    yield from reload_stages(row, sample)
     if peers:
         row.peer_outputs = row.peer_grads = "crashed"
         yield
@@ -135,6 +144,31 @@ def tiered_stages(row: Row, sample: Sample, plain: Outcome, with_grads: Outcome 
     if with_grads:
         row.grads = after(verdict(with_grads, lambda: tier(grad_outcome)))
     yield
+
+
+def reload_stages(row: Row, sample: Sample) -> Iterator[None]:
+    """Saves the model and runs it from there; what transformers itself cannot load twice with the same outputs is not compared."""
+    kind = type(sample.model)
+    with tempfile.TemporaryDirectory(prefix="zoo-checkpoint-") as folder:
+
+        def loaded() -> Outcome:
+            return run_outcome(replace(sample, model=kind.from_pretrained(folder)))
+
+        row.plain_reloaded = "crashed"
+        yield
+        try:
+            sample.model.save_pretrained(folder)
+            expected = loaded()
+        except Exception as error:  # noqa: BLE001 - not every model can be saved and loaded; the row says so
+            row.plain_reloaded = reason(error)
+            yield
+            return
+        row.plain_reloaded, row.reloaded = verdict(expected, loaded), "crashed"
+        yield
+        row.reloaded = verdict(
+            expected, lambda: reloaded_run(kind, folder, sample.nbytes, lambda model: run_outcome(replace(sample, model=model)))
+        )
+        yield
 
 
 def peer_stages(row: Row, sample: Sample, plain: Outcome, with_grads: Outcome | None) -> None:
@@ -199,12 +233,14 @@ def mark(text: str) -> str:
 
 def show(console: Console, rows: list[Row]) -> None:
     """Prints one line for each model that was built."""
-    table = Table("type", "class", "KiB", "largest", "fast tier", "repeats", "outputs", "grads", "acc. outputs", "acc. grads", "s", "note")
+    table = Table(
+        "type", "class", "KiB", "largest", "fast tier", "repeats", "outputs", "grads", "reloaded", "acc. outputs", "acc. grads", "s", "note"
+    )
     for row in rows:
         if row.built == EQUAL:
             sizes = (f"{row.nbytes >> 10}", f"{row.largest / max(row.nbytes, 1):.0%}", f"{row.share:.0%}")
-            flags = map(mark, (row.plain, row.outputs, row.grads, row.peer_outputs, row.peer_grads))
-            table.add_row(row.model_type, row.class_name, *sizes, *flags, f"{row.seconds:.1f}", row.note)
+            marks = map(mark, (row.plain, row.outputs, row.grads, row.reloaded, row.peer_outputs, row.peer_grads))
+            table.add_row(row.model_type, row.class_name, *sizes, *marks, f"{row.seconds:.1f}", row.note)
     console.print(table)
 
 
@@ -212,12 +248,15 @@ def summarize(console: Console, rows: list[Row]) -> None:
     """Prints what did not build, what differs, and the totals."""
     built = [row for row in rows if row.built == EQUAL]
     trained = [row for row in built if row.plain_grads == EQUAL]
+    saved = [row for row in built if row.plain_reloaded == EQUAL]
     for row in rows:
         if row.built != EQUAL:
             console.print(f"not built: {row.model_type}: {row.built}", markup=False)
     for row in built:
         if row.plain != EQUAL or row.plain_grads != EQUAL:
             console.print(f"plain run: {row.model_type}: outputs {row.plain}; gradients {row.plain_grads}", markup=False)
+        if row.plain_reloaded != EQUAL:
+            console.print(f"plain, saved and loaded: {row.model_type}: {row.plain_reloaded}", markup=False)
         if row.ended:
             console.print(f"ended early: {row.model_type}: {row.ended}", markup=False)
     for row in built:
@@ -233,6 +272,7 @@ def summarize(console: Console, rows: list[Row]) -> None:
         f"fast tier larger than a third, because one operation needs more: {sum(row.share > THIRD for row in built)}",
         f"tiered: outputs equal {sum(row.outputs == EQUAL for row in built)} of {len(built)}",
         f"tiered: outputs and gradients equal {sum(row.grads == EQUAL for row in trained)} of {len(trained)}",
+        f"from_pretrained: outputs equal {sum(row.reloaded == EQUAL for row in saved)} of {len(saved)} that transformers saves and loads",
         f"accelerate disk_offload: outputs equal {sum(row.peer_outputs == EQUAL for row in built)} of {len(built)}",
         f"accelerate disk_offload: gradients equal {peer_grads} of {len(trained)}, silently missing {silent}",
     ]

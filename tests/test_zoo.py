@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
-from exact import difference, tiered_run
+from exact import difference, reloaded_run, tiered_run
 from layers import cases, check
 from shrink import build, grad_outcome, run_outcome
 
@@ -29,6 +30,16 @@ def test_transformers_model(model_type: str, outcome: object) -> None:
     assert not difference(expected, found)
     for a, b in zip(plain.model.state_dict().values(), sample.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("model_type", [*TYPES, "wavlm"])
+def test_a_checkpoint_of_a_transformers_model(model_type: str, tmp_path: Path) -> None:
+    sample = build(model_type)
+    sample.model.save_pretrained(tmp_path)
+    kind = type(sample.model)
+    expected = run_outcome(replace(sample, model=kind.from_pretrained(tmp_path)))
+    found = reloaded_run(kind, str(tmp_path), sample.nbytes, lambda model: run_outcome(replace(sample, model=model)))
+    assert not difference(expected, found)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -34,6 +34,7 @@ class CheckpointTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     recipe: Recipe
     source: SourceBackend
+    _is_hf_initialized = True  # to transformers: no random values, neither here nor in what a parametrization computes from it
 
     @classmethod
     def of(cls, recipe: Recipe, source: SourceBackend) -> CheckpointTensor:
