@@ -32,7 +32,7 @@ def test_transformers_model(model_type: str, outcome: object) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("model_type", [*TYPES, "wavlm"])
+@pytest.mark.parametrize("model_type", [*TYPES, "wavlm", "zaya"])
 def test_a_checkpoint_of_a_transformers_model(model_type: str, tmp_path: Path) -> None:
     sample = build(model_type)
     sample.model.save_pretrained(tmp_path)

@@ -14,11 +14,10 @@ import torch
 from tierstore.backend import SourceBackend
 from tierstore.building import Disk, GpuSize, closing_on_failure
 from tierstore.checkpoint.binding import Bound
-from tierstore.checkpoint.lazy import CheckpointTensor
+from tierstore.checkpoint.lazy import CheckpointTensor, replace_by
 from tierstore.checkpoint.library import load_unread
 from tierstore.checkpoint.source import local_path, open_source
 from tierstore.errors import BackendError, CheckpointError, TierStoreError
-from tierstore.patch.prestored import make_plain
 from tierstore.patch.regions import named_tensors
 from tierstore.planning.names import policy_factory
 from tierstore.planning.policy import PolicyFactory
@@ -132,7 +131,5 @@ def bind_itself(model: torch.nn.Module) -> Bound:
             continue
         recipes[name], spec, names[id(tensor)] = tensor.recipe, tensor.recipe.spec, name
         meta = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
-        make_plain(tensor, meta)
-        for attribute in ("recipe", "source"):
-            tensor.__dict__.pop(attribute, None)
+        replace_by(tensor, meta)
     return Bound(names, recipes)

@@ -17,7 +17,7 @@ import torch
 
 from tierstore.backend import SourceBackend
 from tierstore.checkpoint.fit import Fit
-from tierstore.checkpoint.lazy import unread_tensors
+from tierstore.checkpoint.lazy import CheckpointTensor, replace_by, unread_tensors
 from tierstore.patch.regions import named_tensors
 
 
@@ -40,11 +40,15 @@ def load_as_its_library(
 def load_unread(kind: Any, config: Any, source: SourceBackend, **options: Any) -> tuple[Any, Fit]:
     """Let transformers load a model of class `kind` from the tensors of a checkpoint without reading them.
 
-    The parameters of what it returns are `CheckpointTensor`s, apart from those that the checkpoint does not have.
+    The parameters of what it returns are `CheckpointTensor`s, apart from those that the checkpoint does not have, and those
+    that were written to on loading: they are plain.
     """
     model, info = kind.from_pretrained(
         None, config=config, state_dict=unread_tensors(source), output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
+    for _, tensor in named_tensors({"": model}):
+        if isinstance(tensor, CheckpointTensor) and tensor.own() is not None:
+            replace_by(tensor, tensor.plain())
     fit = Fit(kind.__name__, source)
     fit.missing.extend(sorted(info["missing_keys"]))
     fit.unexpected.extend(sorted(info["unexpected_keys"]))
