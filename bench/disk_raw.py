@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,6 @@ class _Part(NamedTuple):
 
     number: int
     start: int
-    length: int
     memory: memoryview
 
 
@@ -48,14 +48,14 @@ class Raw:
         self.threads = threads
         places = [memory[start : start + REQUEST] for start in range(0, len(memory), REQUEST)]
         cuts = ((number, start, min(REQUEST, size - start)) for number, size in enumerate(SIZES) for start in range(0, size, REQUEST))
-        self._parts = [_Part(*cut, places[place % len(places)][: cut[2]]) for place, cut in enumerate(cuts)]
+        self._parts = [_Part(number, start, place[:length]) for (number, start, length), place in zip(cuts, cycle(places))]
 
     def read(self) -> None:
         with self._opened(os.O_RDONLY) as files:
 
             def act(thread: int) -> None:
                 for part in self._parts[thread :: self.threads]:
-                    if os.preadv(files[part.number], [part.memory], part.start) != part.length:
+                    if os.preadv(files[part.number], [part.memory], part.start) != len(part.memory):
                         raise OSError("a short read")
 
             in_threads(self.threads, act)
@@ -109,5 +109,5 @@ class Raw:
 
 
 def _write(files: list[int], part: _Part) -> None:
-    if os.pwrite(files[part.number], part.memory, part.start) != part.length:
+    if os.pwrite(files[part.number], part.memory, part.start) != len(part.memory):
         raise OSError("a short write")

@@ -57,8 +57,10 @@ class Cycle:
             yield list(run)
 
     def late(self, resident: Collection[str], ring: int) -> float:
-        """Return for how many seconds computing waits if the link is just fast enough: what is computed at one place, or is
-        streamed there, cannot make up for another that is more than `ring` bytes away."""
+        """Return for how many seconds computing waits if the link is just fast enough.
+
+        What is computed at one place cannot hide what streams at another that is more than `ring` bytes away.
+        """
         streamed = [0 if key in resident else self.sizes[key] for key in self.keys]
         price = sum(self.durations) / max(1, sum(streamed))
         saved = late = 0.0
