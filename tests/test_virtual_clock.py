@@ -124,6 +124,24 @@ def test_a_plan_made_in_a_disturbed_round_is_spread_anew() -> None:
     assert run.clock.now - started <= 1.05 * max(4 * 80 * 0.6, moved / 10)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("steps", [3, 20])
+def test_what_comes_between_loops_is_fetched_ahead_too(steps: int, ordered: bool) -> None:
+    """A request is a model used once and one used in a loop: both are computed while the link carries, and it carries nothing twice."""
+    once, loop = [f"once{i}" for i in range(12)], [f"loop{i}" for i in range(20)]
+    run = make_run(dict.fromkeys(once + loop, 10), [160], [10.0], ordered=ordered)
+    request = once + loop * steps
+    for _ in range(4):
+        run.use(request, 1.0)
+    started, before = run.clock.now, run.store.stats().links["slow->fast"].bytes
+    for _ in range(4):
+        run.use(request, 1.0)
+    took, moved = (run.clock.now - started) / 4, (run.store.stats().links["slow->fast"].bytes - before) / 4
+    assert took <= 1.05 * len(request)
+    assert moved <= 120 + steps * (200 - 160 + 20) + 20, "each of the first once, and what does not fit of the others, with a ring of two"
+    run.store.close()
+
+
 def foretold(run: Run, keys: Sequence[str]) -> Lane:
     lane = run.store.tiers[0].policy
     assert isinstance(lane, Lane)

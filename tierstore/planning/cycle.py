@@ -33,6 +33,11 @@ class Cycle:
         """Return what comes in while the cycle goes round once, in bytes, of which each transfer costs so many more."""
         return sum(self.sizes[key] + fixed_bytes for key in self.keys if key not in resident)
 
+    def share(self, resident: Collection[str]) -> float:
+        """Return which part of the computing is done with what streams."""
+        streamed = sum(seconds for key, seconds in zip(self.keys, self.durations, strict=True) if key not in resident)
+        return streamed / (sum(self.durations) or 1.0)
+
     def ring(self, resident: Collection[str], slots: int = 2, ahead: int = 0) -> int:
         """Return the bytes that streaming needs: all that is used at once, and what comes after that.
 

@@ -83,6 +83,7 @@ class Lane(Foresight):
             self._look_back(key)
         if self._level == 0 and self._schedule.rest(key) == 0:
             self._squeezed_out += self._schedule.sizes[key]
+        self._schedule.left(self._level, key)
 
     def budget(self, nbytes: int | None) -> None:
         self.nbytes = nbytes
@@ -158,8 +159,7 @@ class Lane(Foresight):
         history, erratic = predictor.history, predictor.erratic
         while self._frontier + 1 < len(history):
             key = history[self._frontier + 1]
-            rest = schedule.rest(key)
-            if key not in erratic and rest is not None and rest >= self._level and key not in self._present:
+            if key not in self._present and key not in erratic and self._passes(key) and not schedule.above(self._level, key):
                 return key
             self._frontier += 1
             if key not in erratic:
@@ -167,6 +167,10 @@ class Lane(Foresight):
                 self._ahead[key] = self._ahead.get(key, 0) + 1
                 self._spent.pop(key, None)
         return None
+
+    def has(self, key: str) -> bool:
+        """True if `key` is in this tier, or on its way into it."""
+        return key in self._present
 
     # -- what the schedule tells ------------------------------------------------------------------------------------
 
@@ -197,6 +201,11 @@ class Lane(Foresight):
             for key in keys:
                 if plan.rest.get(key) != self._level and key in self._present:
                     self._sort(key)
+
+    def left_above(self, key: str) -> None:
+        """A faster tier no longer has `key`: what was passed over because it was there has to be looked at again."""
+        if key in self._ahead and key not in self._present and key not in self._served:
+            self._look_back(key)
 
     def sort_out(self) -> None:
         """Another plan holds: sort every key anew."""
@@ -260,6 +269,11 @@ class Lane(Foresight):
         if key not in self._ahead and self._streams(key):
             self._spent[key] = None
             self._spent.move_to_end(key)
+
+    def _passes(self, key: str) -> bool:
+        """True if this tier is to have `key` for its next use. What no plan speaks of has a place in the fastest one only."""
+        rest = self._schedule.rest(key)
+        return self._level == 0 if rest is None else rest >= self._level
 
     def _streams(self, key: str) -> bool:
         rest = self._schedule.rest(key)

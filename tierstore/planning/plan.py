@@ -13,7 +13,7 @@ _GIANTS = 8  # how many of the largest sizes are tried as "always resident"
 _STEPS_TO_DOUBLE = 4  # of worth
 _AHEAD = 128  # times what a transfer costs on top of its bytes, so that this is little beside them
 _AHEAD_SHARE = 8  # one of so many parts of a budget may be on its way
-_ROUNDS = 3  # what stays makes the ring smaller, which lets more stay
+_ROUNDS = 6  # what stays changes the ring, and that changes how much can stay
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def plan(
     for level in range(last):
         slots = 2 if level == 0 else 3  # two links in a row jostle each other: one slot more between them keeps both busy
         ahead = min(_AHEAD * fixed_bytes, (budgets[level] or 0) // _AHEAD_SHARE)
-        chosen = _Choice(cycle, budgets[level], fixed_bytes, slots, ahead).best()
+        chosen, slots = _Choice(cycle, budgets[level], fixed_bytes, slots, ahead).best()
         rest |= dict.fromkeys(chosen, level)
         rings.append(cycle.ring(chosen, slots, ahead))
         cycle = cycle.without(chosen)
@@ -103,50 +103,61 @@ class _Choice:
         for key in self.cycle.keys:
             self.uses[key] += 1
 
-    def best(self) -> frozenset[str]:
-        """Return what stays.
+    def best(self) -> tuple[frozenset[str], int]:
+        """Return what stays, and how many slots the ring for the rest has.
 
         Large entries need a large ring if they stream, so keeping them may pay although smaller ones are used as often: a few
-        thresholds above which everything stays are tried.
+        thresholds above which everything stays are tried. One slot takes less than several, but nothing comes in while what it
+        holds is computed with: it is for where no more have room, or where little streams and one transfer keeps the link busy.
         """
         if self.budget is None or self.cycle.bytes(self.keys) <= self.budget:
-            return frozenset(self.keys)
+            return frozenset(self.keys), self.slots
         sizes = self.cycle.sizes
         thresholds = sorted({sizes[key] for key in self.keys}, reverse=True)[:_GIANTS]
-        best, cheapest = frozenset[str](), None
-        for threshold in [None, *thresholds]:
-            forced = frozenset(key for key in self.keys if threshold is not None and sizes[key] >= threshold)
-            chosen = self._beside(forced, self.budget)
-            if chosen is None:
+        best, cheapest = (frozenset[str](), 1), None
+        for slots in (self.slots, 1):
+            if cheapest is not None and self.ahead:
                 break
-            cost = self.cycle.moved(chosen, self.fixed_bytes)
-            if cheapest is None or cost < cheapest:
-                best, cheapest = chosen, cost
+            for threshold in [None, *thresholds]:
+                forced = frozenset(key for key in self.keys if threshold is not None and sizes[key] >= threshold)
+                chosen = self._beside(forced, self.budget, slots)
+                if chosen is None:
+                    break
+                cost = self.cycle.moved(chosen, self.fixed_bytes) * (1 + (self.cycle.share(chosen) if slots == 1 else 0))
+                if cheapest is None or cost < cheapest:
+                    best, cheapest = (chosen, slots), cost
         return best
 
-    def _beside(self, forced: frozenset[str], budget: int) -> frozenset[str] | None:
-        """Return `forced` and what else stays beside it and a ring for the rest; None if `forced` leaves no room for a ring."""
-        room = budget - self.cycle.bytes(forced)
-        slots = next((slots for slots in (self.slots, 1) if self.cycle.ring(forced, slots, self.ahead) <= room), None)
-        if slots is None:
-            return None if forced else frozenset()
-        chosen, ring = forced, self.cycle.ring(forced, slots, self.ahead)
+    def _beside(self, forced: frozenset[str], budget: int, slots: int) -> frozenset[str] | None:
+        """Return `forced` and what else stays beside it and a ring for the rest; None if `forced` leaves it no room."""
+        room, ring = budget - self.cycle.bytes(forced), self.cycle.ring(forced, slots, self.ahead)
+        if ring > room:
+            return None
+        chosen = forced
         for _ in range(_ROUNDS):
-            more = forced | self._select(forced, room - ring, ring)
-            if self.cycle.bytes(more) + self.cycle.ring(more, slots, self.ahead) > budget:
+            more = forced | self._select(forced, max(0, room - ring), ring)
+            ring = self.cycle.ring(more, slots, self.ahead)
+            if self.cycle.bytes(more) + ring <= budget:
+                chosen = max(chosen, more, key=self.cycle.bytes)
+            elif chosen is not forced:
                 break
-            chosen, ring = more, self.cycle.ring(more, slots, self.ahead)
         return self._topped_up(chosen, budget, slots)
 
     def _topped_up(self, chosen: frozenset[str], budget: int, slots: int) -> frozenset[str]:
         """Return `chosen` and what fits into the room that is left, when what stays no longer needs a place in the ring."""
         free = budget - self.cycle.bytes(chosen) - self.cycle.ring(chosen, slots, self.ahead)
-        more: set[str] = set()
-        for key in self.keys:
-            if key not in chosen and self.cycle.sizes[key] <= free:
-                more.add(key)
+        more: list[str] = []
+        for key in sorted((key for key in self.keys if key not in chosen), key=self._worth, reverse=True):
+            if self.cycle.sizes[key] <= free:
+                more.append(key)
                 free -= self.cycle.sizes[key]
-        return chosen | more
+        while more and self.cycle.bytes(chosen.union(more)) + self.cycle.ring(chosen.union(more), slots, self.ahead) > budget:
+            del more[len(more) // 2 :]  # larger ones follow each other now, and need a larger ring
+        return chosen.union(more)
+
+    def _worth(self, key: str) -> float:
+        """Return what a byte of an entry saves if it stays, in bytes."""
+        return self.uses[key] * (1 + self.fixed_bytes / max(1, self.cycle.sizes[key]))
 
     def _select(self, forced: frozenset[str], free: int, ring: int) -> set[str]:
         """Return keys of at most `free` bytes, the most used per byte, and spread where not all of equal worth fit."""
@@ -161,8 +172,7 @@ class _Choice:
     def _by_worth(self, forced: frozenset[str]) -> list[set[str]]:
         """Return groups of keys, first those of which a byte saves most; what differs by less than a fifth is in one group."""
         groups: dict[int, set[str]] = {}
-        for key, count in self.uses.items():
+        for key in self.keys:
             if key not in forced:
-                worth = count * (1 + self.fixed_bytes / max(1, self.cycle.sizes[key]))
-                groups.setdefault(round(_STEPS_TO_DOUBLE * log2(worth)), set()).add(key)
+                groups.setdefault(round(_STEPS_TO_DOUBLE * log2(self._worth(key))), set()).add(key)
         return [groups[step] for step in sorted(groups, reverse=True)]

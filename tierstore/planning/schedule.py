@@ -26,8 +26,10 @@ class Follower(Protocol):
 
     nbytes: int | None
 
+    def has(self, key: str) -> bool: ...
     def passed(self, key: str, *, expected: bool) -> None: ...
     def passed_all(self, keys: list[str]) -> None: ...
+    def left_above(self, key: str) -> None: ...
     def sort_out(self) -> None: ...
     def unplan(self, key: str) -> None: ...
     def trimmed(self, cut: int) -> None: ...
@@ -142,6 +144,15 @@ class Schedule:
     def rest(self, key: str) -> int | None:
         """Return the level in which the plan keeps `key`; None if it says nothing."""
         return self.plan.rest.get(key) if self.plan is not None and key not in self.predictor.erratic else None
+
+    def above(self, level: int, key: str) -> bool:
+        """True if `key` is in a faster tier than that of this level: the lane there comes too late for it, and is to go on."""
+        return any(lane.has(key) for lane in self.lanes[:level])
+
+    def left(self, level: int, key: str) -> None:
+        """`key` is not in the tier of this level any more."""
+        for lane in self._upper[level + 1 :]:
+            lane.left_above(key)
 
     def budget_changed(self) -> None:
         """Plan anew at the next expected access."""
