@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -33,6 +34,20 @@ def auto(capacity: int) -> Lane:
     Lane(schedule)
     lane.budget(capacity)
     return lane
+
+
+def use(fast: Lane, keys: Sequence[str]) -> None:
+    """Use entries of 10 bytes in a tier that holds four of them and fetches nothing ahead."""
+    present: set[str] = set()
+    for key in keys:
+        if key not in present:
+            if len(present) == 4:
+                victim = next(iter(fast.victims()))
+                fast.remove(victim)
+                present.remove(victim)
+            fast.insert(key, 10)
+            present.add(key)
+        fast.access(key)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.data())
@@ -331,16 +346,7 @@ def test_what_no_plan_speaks_of_gives_way_to_what_a_slower_tier_is_to_keep() -> 
     ram.budget(60)
     for i in range(6):
         ram.insert(f"encoder{i}", 10)
-    present: dict[str, int] = {}
-    for key in [f"block{i}" for i in range(8)] * 6:
-        if key not in present:
-            if len(present) == 4:
-                victim = next(iter(fast.victims()))
-                fast.remove(victim)
-                del present[victim]
-            fast.insert(key, 10)
-            present[key] = 10
-        fast.access(key)
+    use(fast, [f"block{i}" for i in range(8)] * 6)
     assert schedule.plan is not None
     kept = [key for key, level in schedule.plan.rest.items() if level == 1]
     assert schedule.plan.ring_bytes[1] == 0
@@ -357,19 +363,10 @@ def test_a_slow_lane_that_a_fast_one_has_overtaken_goes_on() -> None:
     fast.budget(40)
     ram.budget(100)
     keys = [f"block{i}" for i in range(8)]
-    present: list[str] = []
-    for key in keys * 6:
-        if key not in present:
-            if len(present) == 4:
-                victim = next(iter(fast.victims()))
-                fast.remove(victim)
-                present.remove(victim)
-            fast.insert(key, 10)
-            present.append(key)
-        fast.access(key)
+    use(fast, keys * 6)
     assert schedule.plan is not None
     missing = [key for key in keys if schedule.plan.rest[key] == 1]
-    above = [key for key in missing if key in present]
+    above = [key for key in missing if fast.has(key)]
     assert above
     assert ram.wanted() in missing
     brought = []

@@ -116,7 +116,7 @@ class _Choice:
         thresholds = sorted({sizes[key] for key in self.keys}, reverse=True)[:_GIANTS]
         best, cheapest = (frozenset[str](), 1), None
         for slots in (self.slots, 1):
-            if cheapest is not None and self.ahead:
+            if cheapest is not None and self.ahead:  # several have to be on their way for the link to be busy
                 break
             for threshold in [None, *thresholds]:
                 forced = frozenset(key for key in self.keys if threshold is not None and sizes[key] >= threshold)
@@ -135,25 +135,31 @@ class _Choice:
             return None
         chosen = forced
         for _ in range(_ROUNDS):
-            more = forced | self._select(forced, max(0, room - ring), ring)
+            reckoned, more = ring, forced | self._select(forced, max(0, room - ring), ring)
             ring = self.cycle.ring(more, slots, self.ahead)
             if self.cycle.bytes(more) + ring <= budget:
                 chosen = max(chosen, more, key=self.cycle.bytes)
             elif chosen is not forced:
                 break
+            if ring == reckoned:  # the next round would be the same
+                break
         return self._topped_up(chosen, budget, slots)
 
     def _topped_up(self, chosen: frozenset[str], budget: int, slots: int) -> frozenset[str]:
         """Return `chosen` and what fits into the room that is left, when what stays no longer needs a place in the ring."""
-        free = budget - self.cycle.bytes(chosen) - self.cycle.ring(chosen, slots, self.ahead)
+        free = budget - self._needed(chosen, slots)
         more: list[str] = []
         for key in sorted((key for key in self.keys if key not in chosen), key=self._worth, reverse=True):
             if self.cycle.sizes[key] <= free:
                 more.append(key)
                 free -= self.cycle.sizes[key]
-        while more and self.cycle.bytes(chosen.union(more)) + self.cycle.ring(chosen.union(more), slots, self.ahead) > budget:
+        while more and self._needed(chosen.union(more), slots) > budget:
             del more[len(more) // 2 :]  # larger ones follow each other now, and need a larger ring
         return chosen.union(more)
+
+    def _needed(self, stays: frozenset[str], slots: int) -> int:
+        """Return the bytes that `stays` and a ring for the rest take."""
+        return self.cycle.bytes(stays) + self.cycle.ring(stays, slots, self.ahead)
 
     def _worth(self, key: str) -> float:
         """Return what a byte of an entry saves if it stays, in bytes."""
