@@ -264,7 +264,7 @@ def test_a_model_in_pieces_equals_the_plain_one(policy: str, share: float, middl
 
 
 @pytest.mark.parametrize(
-    ("budget", "mebibytes"), [(None, 8), (0, 8), (100 * MIB, 8), (256 * MIB, 16), (300 * MIB, 16), (512 * MIB, 32), (1 << 40, 32)]
+    ("budget", "mebibytes"), [(None, 8), (0, 8), (100 * MIB, 8), (128 * MIB, 16), (150 * MIB, 16), (256 * MIB, 32), (1 << 40, 32)]
 )
 def test_pieces_are_large_where_there_is_room(budget: int | None, mebibytes: int) -> None:
     assert piece_bytes(RamBackend(), budget) == mebibytes * MIB

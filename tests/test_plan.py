@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -160,6 +160,15 @@ def test_small_entries_stay_where_a_transfer_has_a_price() -> None:
 def test_a_giant_stays_rather_than_needing_a_ring() -> None:
     sizes = {"giant": 50} | {f"b{i}": 5 for i in range(20)}
     assert plan(list(sizes), sizes, [80, None]).rest["giant"] == 0
+
+
+def test_a_giant_in_pieces_stays_as_a_whole() -> None:
+    """All of it that streams has to be there at once, so a part that stays saves nothing, small as it is."""
+    giant = [f"giant{i}" for i in range(5)]
+    sizes = dict.fromkeys([*giant, *(f"b{i}" for i in range(10))], 10)
+    made = plan(list(sizes), sizes, [80, None], together=dict.fromkeys(giant, giant[0]))
+    assert made.link_bytes == (90,)
+    assert all(made.rest[key] == 0 for key in giant)
 
 
 def test_an_entry_larger_than_the_tier_is_named() -> None:
@@ -376,6 +385,31 @@ def test_a_slow_lane_that_a_fast_one_has_overtaken_goes_on() -> None:
     assert set(brought) == set(missing) - set(above)
     fast.remove(above[0])
     assert ram.wanted() == above[0], "it was passed over, and is nowhere now but on the disk"
+
+
+def test_what_leaves_while_a_plan_settles_does_not_make_the_next_one_smaller() -> None:
+    """A tier that is still full of what stayed before has too little room for a time; a plan leaves too little if it goes on."""
+    schedule = Schedule(fixed_bytes=0)
+    fast, _ = Lane(schedule), Lane(schedule)
+    fast.budget(40)
+    keys = [f"block{i}" for i in range(8)]
+    schedule.sizes.update(dict.fromkeys(keys, 10))
+
+    def kept() -> int:
+        assert schedule.plan is not None
+        return list(schedule.plan.rest.values()).count(0)
+
+    uses = cycle(keys)
+    while schedule.plan is None:
+        schedule.seen(next(uses))
+    schedule.squeezed(10, by_plan=True)
+    for key in islice(uses, 3 * len(keys)):
+        schedule.seen(key)
+    assert kept() == 2, "it fits with a ring of two"
+    schedule.squeezed(10, by_plan=True)
+    for key in islice(uses, 3 * len(keys)):
+        schedule.seen(key)
+    assert kept() == 1
 
 
 def test_what_no_plan_speaks_of_is_fetched_ahead_where_it_is_foreseen() -> None:

@@ -2,7 +2,8 @@
 
 [Note: few pieces, small rings]
 Each transfer costs 0.7 ms of the processor besides its bytes, as much as reading 2 MiB, and takes that from the computing
-where all cores compute. So pieces should be large; but a ring has room for two of them, which then cannot stay.
+where all cores compute. So pieces should be large; but a ring has room for the next one, which then cannot stay. It has
+room for an eighth of a tier anyway, since a link needs as much to be busy (`planning.plan`): smaller ones would save nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from tierstore.backend import DivisibleBackend
 
 _LARGEST = 32 << 20  # bytes; beyond, a transfer's fixed cost is below a tenth
-_SHARE = 16  # a piece is at most one of so many parts of the fast tier
+_SHARE = 8  # a piece is at most one of so many parts of the fast tier
 
 
 def piece_bytes(backend: DivisibleBackend, budget: int | None) -> int:

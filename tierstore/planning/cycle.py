@@ -29,6 +29,14 @@ class Cycle:
     def bytes(self, keys: Collection[str]) -> int:
         return sum(self.sizes[key] for key in keys)
 
+    def at_once(self, keys: Collection[str]) -> dict[str, int]:
+        """Return the bytes that are there when each of `keys` is used: its own, and those of the others that are used at once with it."""
+        whole: dict[str, int] = {}
+        for key in keys:
+            first = self.together.get(key, key)
+            whole[first] = whole.get(first, 0) + self.sizes[key]
+        return {key: whole[self.together.get(key, key)] for key in keys}
+
     def moved(self, resident: Collection[str], fixed_bytes: int) -> int:
         """Return what comes in while the cycle goes round once, in bytes, of which each transfer costs so many more."""
         return sum(self.sizes[key] + fixed_bytes for key in self.keys if key not in resident)

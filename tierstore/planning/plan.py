@@ -106,14 +106,15 @@ class _Choice:
     def best(self) -> tuple[frozenset[str], int]:
         """Return what stays, and how many slots the ring for the rest has.
 
-        Large entries need a large ring if they stream, so keeping them may pay although smaller ones are used as often: a few
-        thresholds above which everything stays are tried. One slot takes less than several, but nothing comes in while what it
-        holds is computed with: it is for where no more have room, or where little streams and one transfer keeps the link busy.
+        What is large, with all that is used at once with it, needs a large ring if it streams, so keeping it may pay although
+        others are used as often: a few thresholds above which everything stays are tried. One slot takes less than several,
+        but nothing comes in while what it holds is computed with: it is for where no more have room, or where little streams
+        and one transfer keeps the link busy.
         """
         if self.budget is None or self.cycle.bytes(self.keys) <= self.budget:
             return frozenset(self.keys), self.slots
-        sizes = self.cycle.sizes
-        thresholds = sorted({sizes[key] for key in self.keys}, reverse=True)[:_GIANTS]
+        sizes = self.cycle.at_once(self.keys)
+        thresholds = sorted(set(sizes.values()), reverse=True)[:_GIANTS]
         best, cheapest = (frozenset[str](), 1), None
         for slots in (self.slots, 1):
             if cheapest is not None and self.ahead:  # several have to be on their way for the link to be busy

@@ -58,6 +58,7 @@ class Schedule:
         self._fixed_bytes = fixed_bytes
         self._considered: int | None = None  # the period for which a plan was made last
         self._guessed = False  # the plan at hand was made of what was foretold
+        self._settling = 0  # uses until a repetition is over in which the tier was still full of what stayed by another plan
         self._squeezed = 0  # bytes that should have stayed and had to leave, in this repetition
         self._extra = 0  # bytes left free for them since
         self._until_check = 0
@@ -133,6 +134,7 @@ class Schedule:
     def _went_on(self, count: int) -> None:
         """As many uses were expected: look whether it is time for another plan."""
         self._until_check -= count
+        self._settling -= count
         period = self.predictor.period
         if period is None:
             return
@@ -162,8 +164,8 @@ class Schedule:
             self._adopt(None)
 
     def squeezed(self, nbytes: int, *, by_plan: bool) -> None:
-        """Entries of `nbytes` that the plan keeps had to leave: for others of the plan, it left too little room for them."""
-        if by_plan:
+        """Entries of `nbytes` that the plan keeps had to leave: for others of the plan, which leaves too little room if it has settled."""
+        if by_plan and self._settling <= 0:
             self._squeezed += nbytes
 
     def _consider(self, period: int) -> None:
@@ -238,6 +240,7 @@ class Schedule:
 
     def _adopt(self, new: Plan | None) -> None:
         self.plan, self._guessed = new, False
+        self._settling, self._squeezed = self.predictor.period or 0, 0
         for lane in self.lanes:
             lane.sort_out()
 
