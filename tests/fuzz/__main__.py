@@ -67,7 +67,8 @@ def _run(name: str, inputs: int, seed: int) -> bool:
     ended = re.search(r"Done (\d+) runs", child.stderr)
     reached = re.findall(r"cov: (\d+)", child.stderr)
     failed = child.returncode != 0 or ended is None
-    tail = "; ".join(child.stderr.strip().splitlines()[-12:])
+    printed = (child.stdout, child.stderr)  # what was raised goes to the one, libFuzzer's log to the other
+    tail = "; ".join(line for text in printed for line in text.strip().splitlines()[-12:])
     outcome = f"exit {child.returncode}: {tail}" if failed else "no failure"
     seconds = time.perf_counter() - started
     print(f"| {name} | {ended[1] if ended else '?'} | {reached[-1] if reached else '?'} | {seconds:.0f} | {outcome} |", flush=True)
