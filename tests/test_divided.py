@@ -16,13 +16,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import nn
 
 from tests.plainly import nbytes, nothing_leased, restored, within_budget
-from tierstore import FileExtent, Tier, TieredStore, open_backend, tiered
+from tierstore import FileExtent, Tier, TieredStore, open_backend, pieces, tiered
 from tierstore.backends import _spans
 from tierstore.backends._spans import UNIT, Place, Spans, reserve
 from tierstore.backends._units import Units
 from tierstore.backends.ram import RamBackend
 from tierstore.patch.stored import DividedSource
 from tierstore.pieces import piece_bytes
+from tierstore.planning import plan as planning
 from tierstore.spec import TensorSpec
 
 MIB = 1 << 20
@@ -268,6 +269,11 @@ def test_a_model_in_pieces_equals_the_plain_one(policy: str, share: float, middl
 )
 def test_pieces_are_large_where_there_is_room(budget: int | None, mebibytes: int) -> None:
     assert piece_bytes(RamBackend(), budget) == mebibytes * MIB
+
+
+def test_a_piece_is_as_large_as_what_may_be_on_its_way() -> None:
+    """Smaller ones need more transfers and no smaller ring, larger ones a larger ring."""
+    assert pieces._SHARE == planning._AHEAD_SHARE
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 [Note: few pieces, small rings]
 Each transfer costs 0.7 ms of the processor besides its bytes, as much as reading 2 MiB, and takes that from the computing
 where all cores compute. So pieces should be large; but a ring has room for the next one, which then cannot stay. It has
-room for an eighth of a tier anyway, since a link needs as much to be busy (`planning.plan`): smaller ones would save nothing.
+room for an eighth of a tier anyway, since a link needs as much to be busy (`planning.plan`; a test ties the two): smaller
+ones would save nothing.
 """
 
 from __future__ import annotations

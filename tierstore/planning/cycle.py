@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
@@ -31,10 +32,9 @@ class Cycle:
 
     def at_once(self, keys: Collection[str]) -> dict[str, int]:
         """Return the bytes that are there when each of `keys` is used: its own, and those of the others that are used at once with it."""
-        whole: dict[str, int] = {}
+        whole = Counter[str]()
         for key in keys:
-            first = self.together.get(key, key)
-            whole[first] = whole.get(first, 0) + self.sizes[key]
+            whole[self.together.get(key, key)] += self.sizes[key]
         return {key: whole[self.together.get(key, key)] for key in keys}
 
     def moved(self, resident: Collection[str], fixed_bytes: int) -> int:
