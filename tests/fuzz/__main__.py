@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +37,7 @@ def fuzz(name: str, inputs: int, seed: int, base: str) -> None:
         (corpus / str(number)).write_bytes(data)
     options = (f"-runs={inputs}", f"-seed={seed}", f"-timeout={_SLOWEST}", f"-max_len={_LONGEST}", "-rss_limit_mb=2048", "-verbosity=1")
     atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={Path.cwd()}/fuzz-{target.name.replace(' ', '-')}-", str(corpus)], target)
+    tracemalloc.start()
     atheris.Fuzz()
 
 
