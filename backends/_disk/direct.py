@@ -22,6 +22,7 @@ SLAB = 2 << 20  # bytes: a huge page
 _THREADS = 4
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 _FLAGS = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+_LAZILY_FREE: int | None = getattr(mmap, "MADV_FREE", None)
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ class WritePool:
     """Threads that write the pieces of large values, and aligned memory for data that direct I/O does not take as it lies.
 
     For all writers of a backend, and safe to call from several threads. Threads start when there is something for them to
-    do, and end with `close`; one slab for each is kept for the next.
+    do, and end with `close`; one slab for each is kept for the next, whose memory the system may have when it is short of any.
     """
 
     def __init__(self) -> None:
@@ -68,6 +69,9 @@ class WritePool:
         try:
             yield memoryview(slab)
         finally:
+            if _LAZILY_FREE is not None:
+                with suppress(OSError):  # an old kernel: the slab's memory stays
+                    slab.madvise(_LAZILY_FREE)
             with self._lock:
                 if len(self._spare) < _THREADS:
                     self._spare.append(slab)

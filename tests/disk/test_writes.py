@@ -21,6 +21,7 @@ from safetensors import safe_open
 from tests.disk.conftest import EMPTY, Unflushed, child, files_in, kill, next_line
 from tests.samples import assert_identical
 from tierstore.backends._disk import writing
+from tierstore.backends._disk.direct import SLAB
 from tierstore.backends.disk import DiskBackend
 from tierstore.backends.ram import RamBackend
 from tierstore.backends.scratch import ScratchBackend
@@ -248,6 +249,22 @@ def test_pieces_of_a_scratch_value_are_written_at_the_same_time(tmp_path: Path) 
         value = aligned(2 * PIECE).fill_(7)
         scratch.put("key", value)
         assert torch.equal(scratch.get("key"), value)
+
+
+def test_the_system_may_have_the_memory_that_writing_took(tmp_path: Path) -> None:
+    rollup = Path("/proc/self/smaps_rollup")
+    if not rollup.exists() or "LazyFree:" not in rollup.read_text():
+        pytest.skip("only Linux tells how much memory it may take back")
+
+    def reclaimable() -> int:
+        return next(int(line.split()[1]) for line in rollup.read_text().splitlines() if line.startswith("LazyFree:")) << 10
+
+    before, data = reclaimable(), torch.zeros((2 * PIECE) + 1, dtype=torch.uint8)[1:]
+    with closing(ScratchBackend(tmp_path)) as backend:
+        backend.put("a", data)
+        assert reclaimable() >= before + SLAB
+        backend.put("a", data)
+        assert torch.equal(backend.get("a"), data)
 
 
 def test_no_piece_is_on_its_way_when_a_put_has_failed(root: Path) -> None:
