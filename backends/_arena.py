@@ -80,12 +80,14 @@ class Arena:
 
     @property
     def live_bytes(self) -> int:
-        """Bytes that are live, or were when it was last looked at."""
-        return self._ranges.live
+        """Bytes that are live."""
+        with self._lock:
+            self._collect()
+            return self._ranges.live
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of memory behind what is live, or was when it was last looked at, and what is kept for later."""
+        """Bytes of memory behind what is live and what is kept for later."""
         return self._ranges.live + self._ranges.warm
 
     def _collect(self) -> None:

@@ -156,6 +156,17 @@ def test_a_backend_holds_no_more_than_its_most(monkeypatch: pytest.MonkeyPatch) 
     assert backend._arena.held_bytes + backend._spans.held == 0
 
 
+def test_what_has_gone_unseen_makes_the_most_of_a_backend_no_larger() -> None:
+    backend = RamBackend()
+    memory = backend.reserve(16 * MIB)
+    backend.place(memory, {"a": 8 * MIB, "b": 8 * MIB})
+    small = [backend.allocate(str(number), TensorSpec(torch.uint8, (MIB,), (1,))).fill_(1) for number in range(16)]
+    del small
+    pieces = [backend.allocate(key, TensorSpec(torch.uint8, (8 * MIB,), (1,))).fill_(1) for key in ("a", "b")]
+    assert backend._arena.held_bytes + backend._spans.held == 16 * MIB
+    del pieces
+
+
 def test_what_is_adopted_from_elsewhere_is_copied_into_its_place() -> None:
     backend = RamBackend()
     memory = backend.reserve(16 * MIB)
