@@ -26,8 +26,13 @@ def largest(model: torch.nn.Module) -> int:
 
 def anonymous_bytes() -> int:
     """Bytes of this process's memory that are no pages of files."""
-    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(rows["RssAnon"].split()[0]) * 1024
+    return told_bytes("status", "RssAnon")
+
+
+def told_bytes(file: str, row: str) -> int:
+    """Bytes that Linux tells of this process in a row of a file; `OSError` or `KeyError` where it does not."""
+    rows = dict(line.split(":", 1) for line in Path("/proc/self", file).read_text().splitlines())
+    return int(rows[row].split()[0]) * 1024
 
 
 def under_pressure(model: torch.nn.Module, disk: Path, share: float = 1 / 3) -> Tiered:

@@ -162,9 +162,9 @@ def test_what_has_gone_unseen_makes_the_most_of_a_backend_no_larger() -> None:
     backend.place(memory, {"a": 8 * MIB, "b": 8 * MIB})
     small = [backend.allocate(str(number), TensorSpec(torch.uint8, (MIB,), (1,))).fill_(1) for number in range(16)]
     del small
-    pieces = [backend.allocate(key, TensorSpec(torch.uint8, (8 * MIB,), (1,))).fill_(1) for key in ("a", "b")]
+    large = [backend.allocate(key, TensorSpec(torch.uint8, (8 * MIB,), (1,))).fill_(1) for key in ("a", "b")]
     assert backend._arena.held_bytes + backend._spans.held == 16 * MIB
-    del pieces
+    del large
 
 
 def test_what_is_adopted_from_elsewhere_is_copied_into_its_place() -> None:

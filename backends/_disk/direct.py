@@ -22,7 +22,6 @@ SLAB = 2 << 20  # bytes: a huge page
 _THREADS = 4
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 _FLAGS = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
-_LAZILY_FREE: int | None = getattr(mmap, "MADV_FREE", None)
 
 T = TypeVar("T")
 
@@ -69,9 +68,8 @@ class WritePool:
         try:
             yield memoryview(slab)
         finally:
-            if _LAZILY_FREE is not None:
-                with suppress(OSError):  # an old kernel: the slab's memory stays
-                    slab.madvise(_LAZILY_FREE)
+            with suppress(AttributeError, OSError):  # where the system cannot take it back when it needs to, the slab keeps its memory
+                slab.madvise(mmap.MADV_FREE)
             with self._lock:
                 if len(self._spare) < _THREADS:
                     self._spare.append(slab)

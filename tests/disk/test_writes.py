@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 
 from tests.disk.conftest import EMPTY, Unflushed, child, files_in, kill, next_line
+from tests.plainly import told_bytes
 from tests.samples import assert_identical
 from tierstore.backends._disk import writing
 from tierstore.backends._disk.direct import SLAB
@@ -252,17 +253,14 @@ def test_pieces_of_a_scratch_value_are_written_at_the_same_time(tmp_path: Path) 
 
 
 def test_the_system_may_have_the_memory_that_writing_took(tmp_path: Path) -> None:
-    rollup = Path("/proc/self/smaps_rollup")
-    if not rollup.exists() or "LazyFree:" not in rollup.read_text():
+    data = torch.zeros((2 * PIECE) + 1, dtype=torch.uint8)[1:]
+    try:
+        before = told_bytes("smaps_rollup", "LazyFree")
+    except (OSError, KeyError):
         pytest.skip("only Linux tells how much memory it may take back")
-
-    def reclaimable() -> int:
-        return next(int(line.split()[1]) for line in rollup.read_text().splitlines() if line.startswith("LazyFree:")) << 10
-
-    before, data = reclaimable(), torch.zeros((2 * PIECE) + 1, dtype=torch.uint8)[1:]
     with closing(ScratchBackend(tmp_path)) as backend:
         backend.put("a", data)
-        assert reclaimable() >= before + SLAB
+        assert told_bytes("smaps_rollup", "LazyFree") >= before + SLAB
         backend.put("a", data)
         assert torch.equal(backend.get("a"), data)
 

@@ -6,7 +6,7 @@ import json
 import tracemalloc
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -65,27 +65,28 @@ class Target(ABC):
         """Read `data` and check what comes out."""
 
     def __call__(self, data: bytes) -> None:
-        """Raise `AssertionError` if memory is taken that the input's size does not justify, and whatever else `read` must not raise.
-
-        Allocations are traced meanwhile. Who calls very often starts `tracemalloc` before: each start leaks about a KiB.
-        """
-        if not tracemalloc.is_tracing():
-            tracemalloc.start()
-            try:
-                self(data)
-            finally:
-                tracemalloc.stop()
-            return
-        before = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
-        try:
-            self.read(data)
-            self.accepted += 1
-        except self.errors:
-            pass
-        finally:
+        """Raise `AssertionError` if memory is taken that the input's size does not justify, and whatever else `read` must not raise."""
+        with _tracing():
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            with suppress(*self.errors):
+                self.read(data)
+                self.accepted += 1
             most = tracemalloc.get_traced_memory()[1] - before
         assert most <= _ALWAYS + _PER_BYTE * len(data), f"{most} bytes of memory for {len(data)} bytes of input"
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Trace allocations, unless that is done already: each start leaks about a KiB, so who needs many starts it before."""
+    if tracemalloc.is_tracing():
+        yield
+        return
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        tracemalloc.stop()
 
 
 class SafetensorsHeader(Target):
