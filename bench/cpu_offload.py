@@ -45,6 +45,7 @@ from offload_model import Shape
 from offload_rows import TABLES, Row
 from raw_speed import RawReader
 from rich.console import Console
+from turns import turned
 
 from tierstore import format_size, parse_size
 
@@ -189,12 +190,6 @@ class Bench:
             "notes": list(self.notes),
             "rows": [asdict(row) for row in self.rows],
         }
-
-
-def turned(names: list[str], number: int) -> list[str]:
-    """Return the names in the order of one round: another one first each time."""
-    shift = number % len(names)
-    return names[shift:] + names[:shift]
 
 
 # -- what is printed ----------------------------------------------------------------------------------------------------

@@ -5,18 +5,19 @@
     python bench/disk.py --rounds 41 --no-others      # the device and us only: a virtual one needs many rounds
 
 Values of 4 to 64 MiB, 496 MiB in all, in memory as aligned as a tier of RAM has it. The contenders take turns in every
-round; each figure is the median over the rounds, and a ratio the median of the ratios within a round to the best raw route,
-which is the one of 1, 2 and 4 threads with the highest median. Raw is `pwrite` and `preadv` with direct I/O in requests of
-8 MiB that go round in 256 MiB of huge pages, as much as four of the largest values take. "The same 8 MiB" is one thread that
-reads into one place again and again: so fast is memory that nobody needs for long, and which may never leave the
-processor's cache; it is no route for values that are to stay.
+round, another one first each time; each figure is the median over the rounds, and a ratio the median of the ratios within a
+round to the best raw route, which is the one of 1, 2 and 4 threads with the highest median. Raw is `pwrite` and `preadv`
+with direct I/O in requests of 8 MiB that go round in 256 MiB of huge pages, as much as four of the largest values take.
+"The same 8 MiB" is one thread that reads into one place again and again: so fast is memory that nobody needs for long, and
+which may never leave the processor's cache; it is no route for values that are to stay.
 
-Like is compared with like. What was written in the turn before is deleted, and the system flushed, before anybody's time
-begins. Durable: raw writes end when every file has been flushed, and so does every contender; what a library does not flush
-is flushed for it, and timed. The disk backend also has every name, checksum and commit on the device when a `put` returns;
-"at once" is how many threads put, and `flush()` is that of a store whose values are in RAM; both stay open from round to
-round. "File by file" is raw with file and name flushed before the next begins. Scratch: nobody flushes, raw neither. Reads
-are cold (the files' pages are dropped before each) and end in memory of the process.
+Like is compared with like. Whatever was written in a turn is deleted, and the system flushed, before the next one begins: a
+device that lets through so many bytes in a while has the same credit for everybody. Durable: raw writes end when every file
+has been flushed, and so does every contender; what a library does not flush is flushed for it, and timed. The disk backend
+also has every name, checksum and commit on the device when a `put` returns; "at once" is how many threads put, and
+`flush()` is that of a store whose values are in RAM; both stay open from round to round. "File by file" is raw with file and
+name flushed before the next begins. Scratch: nobody flushes, raw neither. Reads are cold (the files' pages are dropped before
+each) and end in memory of the process.
 """
 
 import argparse
@@ -29,7 +30,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,10 +40,12 @@ from disk_formats import Format, files_in, formats
 from disk_raw import MIB, REQUEST, SIZES, Raw, huge_slab
 from rich.console import Console
 from rich.table import Table
+from turns import turned
 
 from tierstore import Backend, Tier, TieredStore, open_backend
 from tierstore.backends._arena import Arena
 from tierstore.backends.disk import DiskBackend
+from tierstore.checksum import Verify
 from tierstore.transfer.reader import Reader
 
 IN_FLIGHT = 4  # values that are read at once
@@ -92,14 +97,6 @@ def put_all(backend: Backend, tensors: Mapping[str, torch.Tensor], threads: int)
         list(pool.map(backend.put, tensors, tensors.values()))
 
 
-def cleared(folder: Path) -> Path:
-    """Return `folder` as an empty directory; what is gone is gone on the device too, so that nobody else's time goes into that."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    os.sync()
-    return folder
-
-
 def drop_cache(folder: Path) -> None:
     os.sync()
     for path in files_in(folder):
@@ -142,76 +139,108 @@ def raw_name(threads: int) -> str:
     return f"raw, {threads} threads"
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A contender; `prepared` makes everything ready, yields what is timed, and clears up."""
+
+    name: str
+    prepared: Callable[[], AbstractContextManager[Act]]
+
+
+def run(turns: list[Turn], rounds: int) -> Figures:
+    figures = Figures()
+    for number in range(rounds):
+        for turn in turned(turns, number):
+            with turn.prepared() as act:
+                figures.add(turn.name, rate(act))
+    return figures
+
+
+def run_durable_writes(folder: Path, tensors: Mapping[str, torch.Tensor], raws: list[Raw], others: list[Format], rounds: int) -> Figures:
+    with closing(DiskBackend(folder / "written")) as backend, TieredStore.open(folder / "flushed", cpu=sum(SIZES)) as store:
+        turns = [Turn(raw_name(raw.threads), partial(into_files, raw.folder, raw.write_durably)) for raw in raws]
+        turns.append(Turn(f"{raw_name(raws[-1].threads)}, file by file", partial(into_files, raws[-1].folder, raws[-1].write_each_durably)))
+        turns += put_turns("disk backend", backend, tensors)
+        turns.append(Turn("flush() of a store in RAM", partial(from_ram, store, tensors)))
+        turns += [Turn(other.name, partial(into_files, other.folder, other.write)) for other in others if other.write is not None]
+        return run(turns, rounds)
+
+
 @contextmanager
-def emptied(backend: Backend, tensors: Mapping[str, torch.Tensor]) -> Iterator[Backend]:
-    """Delete after a `with` what was put in it, so that a store is filled again and again, as it is in use."""
-    yield backend
+def into_files(folder: Path, write: Act) -> Iterator[Act]:
+    folder.mkdir(parents=True)
+    yield write
+    shutil.rmtree(folder)
+    os.sync()
+
+
+def put_turns(name: str, backend: Backend, tensors: Mapping[str, torch.Tensor]) -> list[Turn]:
+    """Return the turns of a backend that stays open, and is filled again and again, as it is in use."""
+    return [Turn(f"{name}, {count} at once", partial(into_backend, backend, tensors, count)) for count in THREADS]
+
+
+@contextmanager
+def into_backend(backend: Backend, tensors: Mapping[str, torch.Tensor], threads: int) -> Iterator[Act]:
+    yield partial(put_all, backend, tensors, threads)
     for key in tensors:
         backend.delete(key)
     os.sync()
 
 
-def run_durable_writes(folder: Path, tensors: Mapping[str, torch.Tensor], raws: list[Raw], others: list[Format], rounds: int) -> Figures:
-    figures = Figures()
-    with closing(DiskBackend(folder / "written")) as backend, TieredStore.open(folder / "flushed", cpu=sum(SIZES)) as store:
-        for _ in range(rounds):
-            for raw in raws:
-                cleared(raw.folder)
-                figures.add(raw_name(raw.threads), rate(raw.write_durably))
-            cleared(raws[-1].folder)
-            figures.add(f"{raw_name(raws[-1].threads)}, file by file", rate(raws[-1].write_each_durably))
-            for count in THREADS:
-                with emptied(backend, tensors):
-                    figures.add(f"disk backend, {count} at once", rate(lambda count=count: put_all(backend, tensors, count)))
-            figures.add("flush() of a store in RAM", rate_of_flush(store, tensors))
-            for other in others:
-                if other.write is not None:
-                    cleared(other.folder)
-                    figures.add(other.name, rate(other.write))
-    return figures
-
-
-def rate_of_flush(store: TieredStore, tensors: Mapping[str, torch.Tensor]) -> float:
+@contextmanager
+def from_ram(store: TieredStore, tensors: Mapping[str, torch.Tensor]) -> Iterator[Act]:
     for key, tensor in tensors.items():
         store.put(key, tensor)
-    found = rate(store.flush)
+    yield store.flush
     for key in tensors:
         del store[key]
     os.sync()
-    return found
 
 
 def run_scratch_writes(folder: Path, tensors: Mapping[str, torch.Tensor], raws: list[Raw], rounds: int) -> Figures:
-    figures = Figures()
     with closing(DiskBackend.scratch(folder)) as backend:
-        for _ in range(rounds):
-            for raw in raws:
-                cleared(raw.folder)
-                figures.add(raw_name(raw.threads), rate(raw.write))
-            for count in THREADS:
-                with emptied(backend, tensors):
-                    figures.add(f"scratch, {count} at once", rate(lambda count=count: put_all(backend, tensors, count)))
-    return figures
+        turns = [Turn(raw_name(raw.threads), partial(into_files, raw.folder, raw.write)) for raw in raws]
+        return run([*turns, *put_turns("scratch", backend, tensors)], rounds)
 
 
-def run_reads(folder: Path, reader: Reader, raws: list[Raw], others: list[Format], rounds: int) -> Figures:
-    figures, arena, narrow = Figures(), Arena(), Raw(raws[0].folder, 1, huge_slab(REQUEST))
-    checked = {"first": "checksums on", "never": "checksums off"}
-    for _ in range(rounds):
-        for raw in raws:
-            figures.add(raw_name(raw.threads), rate(raw.read))
-        figures.add("raw, 1 thread, the same 8 MiB", rate(narrow.read))
-        for verify, name in checked.items():
-            drop_cache(folder)
-            with closing(DiskBackend(folder / "store", verify=verify)) as backend:  # type: ignore[arg-type]
-                figures.add(f"disk backend, {name}", rate(lambda backend=backend: read_all(reader, backend, arena)))
-        drop_cache(folder)
-        with TieredStore.open(folder / "store", cpu=160 * MIB) as store:
-            figures.add("store of 160 MiB, checksums on", rate(lambda store=store: read_store(store)))
-        for other in others:
-            drop_cache(folder)
-            figures.add(other.name, rate(other.read))
-    return figures
+def run_reads(folder: Path, tensors: Mapping[str, torch.Tensor], raws: list[Raw], others: list[Format], rounds: int) -> Figures:
+    raws[0].folder.mkdir()
+    raws[0].write()
+    with closing(DiskBackend(folder / "store")) as backend:
+        put_all(backend, tensors, 1)
+    for other in others:
+        other.folder.mkdir(exist_ok=True)  # some read what another one writes
+        if other.write is not None:
+            other.write()
+    arena, narrow = Arena(), Raw(raws[0].folder, 1, huge_slab(REQUEST))
+    with closing(Reader()) as reader:
+        turns = [Turn(raw_name(raw.threads), partial(from_files, folder, raw.read)) for raw in raws]
+        turns.append(Turn("raw, 1 thread, the same 8 MiB", partial(from_files, folder, narrow.read)))
+        turns.append(Turn("disk backend, checksums on", partial(from_backend, folder, reader, arena, "first")))
+        turns.append(Turn("disk backend, checksums off", partial(from_backend, folder, reader, arena, "never")))
+        turns.append(Turn("store of 160 MiB, checksums on", partial(from_store, folder)))
+        turns += [Turn(other.name, partial(from_files, folder, other.read)) for other in others]
+        return run(turns, rounds)
+
+
+@contextmanager
+def from_files(folder: Path, read: Act) -> Iterator[Act]:
+    drop_cache(folder)
+    yield read
+
+
+@contextmanager
+def from_backend(folder: Path, reader: Reader, arena: Arena, verify: Verify) -> Iterator[Act]:
+    drop_cache(folder)
+    with closing(DiskBackend(folder / "store", verify=verify)) as backend:
+        yield partial(read_all, reader, backend, arena)
+
+
+@contextmanager
+def from_store(folder: Path) -> Iterator[Act]:
+    drop_cache(folder)
+    with TieredStore.open(folder / "store", cpu=160 * MIB) as store:
+        yield partial(read_store, store)
 
 
 def warm(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -233,15 +262,13 @@ def main() -> int:
     parser.add_argument("--no-others", action="store_true", help="leave other formats out, for more rounds in the same time")
     options = parser.parse_args()
     console = Console(width=140, highlight=False)
-    with tempfile.TemporaryDirectory(prefix="disk-", dir=options.dir) as directory, closing(Reader()) as reader:
+    with tempfile.TemporaryDirectory(prefix="disk-", dir=options.dir) as directory:
         folder, tensors, memory = Path(directory), values(), huge_slab(256 * MIB)
         raws = [Raw(folder / "raw", count, memory) for count in THREADS]
         others = [] if options.no_others else list(formats(folder, tensors))
         console.print(run_durable_writes(folder, tensors, raws, others, options.rounds).table("Durable writes"))
         console.print(run_scratch_writes(folder, tensors, raws, options.rounds).table("Scratch writes, nothing flushed"))
-        with closing(DiskBackend(folder / "store")) as backend:
-            put_all(backend, tensors, 1)
-        console.print(run_reads(folder, reader, raws, others, options.rounds).table("Cold reads"))
+        console.print(run_reads(folder, tensors, raws, others, options.rounds).table("Cold reads"))
         console.print(warm(tensors))
     return 0
 

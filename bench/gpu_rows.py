@@ -193,9 +193,3 @@ def into_gpu(told: Told) -> float:
 
 def from_disk(told: Told) -> float:
     return sum(nbytes for link, nbytes in told["links"].items() if link.startswith("disk->"))
-
-
-def turned(names: list[str], number: int) -> list[str]:
-    """Return the names in the order of one round: another one first each time."""
-    shift = number % len(names)
-    return names[shift:] + names[:shift]

@@ -18,8 +18,9 @@ from caps import Cap
 from gpu_contenders import CONTENDERS, Task
 from gpu_models import Shape
 from gpu_results import Results
-from gpu_rows import ALONE, Row, turned
+from gpu_rows import ALONE, Row
 from offload_children import Child, Fate
+from turns import turned
 
 from tierstore import format_size
 

@@ -12,13 +12,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 from caps import Cap
-from cpu_offload import turned
 from offload_children import Child, Fate
 from offload_contenders import CONTENDERS, Task
 from offload_model import DTYPE, Decoder, Shape, mapped_decoder, random_decoder, save
 from offload_rows import Row, read_table, time_table
 from raw_speed import RawReader
 from rich.console import Console
+from turns import turned
 
 TINY = Shape(layers=1, width=512)
 
