@@ -17,6 +17,9 @@ FORMAT_VERSION = 2
 ALIGNMENT = 4096  # of the data in the file and so in memory, in bytes
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
 
+_FRAME = 512  # bytes; more than a head has beside its key, its sizes and its checksums
+_CHARACTER, _DIMENSION = 6, 3 * 22  # bytes in it at most: \\u0000, and the numbers of a dimension in shape, stride and shape again
+
 SAFETENSORS_NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -56,6 +59,14 @@ def encode_head(key: str, spec: TensorSpec, sums: bytes, generation: int, store:
     }
     fields["seal"] = checksum(json.dumps(sorted(fields.items())).encode()).hex()
     return pack_head({"__metadata__": fields, "data": tensor_entry(spec)}, key)
+
+
+def encoded_size(key: str, spec: TensorSpec, generation: int, store: str) -> int:
+    """Return the size of what `encode_head` will return; encoding takes as long as many a value's first write has to wait for."""
+    sums = sums_size(spec.nbytes)
+    if _FRAME + _CHARACTER * len(key) + _DIMENSION * len(spec.shape) + 2 * sums <= ALIGNMENT:
+        return ALIGNMENT
+    return len(encode_head(key, spec, bytes(sums), generation, store))
 
 
 def decode_head(head: bytes, blob: str) -> tuple[Row, str]:

@@ -10,13 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from tierstore.backends._disk.blob import FORMAT_VERSION, encode_head
+from tierstore.backends._disk.blob import FORMAT_VERSION, encode_head, encoded_size
 from tierstore.backends._disk.direct import SLAB, DirectWriter, WritePool
 from tierstore.backends._disk.failures import Health
 from tierstore.backends._disk.layout import BLOBS, Root
 from tierstore.backends._disk.rows import Row, blob_name
 from tierstore.backends._lock import TEMPORARY
-from tierstore.checksum import checksum, checksums, sums_size
+from tierstore.checksum import checksum, checksums
 from tierstore.file_system import FileSystem
 from tierstore.open_file import PAGE
 from tierstore.spec import TensorSpec
@@ -84,7 +84,7 @@ class BlobWriter:
     def _fill(self, descriptor: int, draft: Draft, blob: str) -> Row:
         """Write head and data into an empty file; return the row that will name it."""
         data = draft.data
-        size = len(self._head(draft, bytes(sums_size(len(data)))))
+        size = encoded_size(draft.key, draft.spec, draft.generation, self._store)
         writer = DirectWriter(self._system, descriptor, self._pool)
         total = size + len(data)
         self._system.reserve(descriptor, 0, total + -total % PAGE)

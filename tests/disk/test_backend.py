@@ -17,7 +17,9 @@ from safetensors import safe_open
 
 from tests.disk.conftest import EMPTY, MEMORY, Unflushed, files_in, open_descriptors
 from tests.samples import all_samples, assert_identical, layout_samples
+from tierstore.backends._disk.blob import encode_head, encoded_size
 from tierstore.backends.disk import DiskBackend
+from tierstore.checksum import sums_size
 from tierstore.errors import ClosedError, CorruptionError
 from tierstore.spec import TensorSpec, raw_bytes, typed_view
 
@@ -224,6 +226,24 @@ def test_data_is_aligned_behind_a_key_of_any_length(store: DiskBackend, length: 
 
 
 @settings(max_examples=40, deadline=None)
+@st.composite
+def specs(draw: st.DrawFn) -> TensorSpec:
+    """Return specs of few bytes whose sizes and strides have many digits, or few."""
+    sizes = st.one_of(st.integers(0, 9), st.integers(0, (1 << 63) - 1))
+    dims = draw(st.lists(st.one_of(sizes.map(lambda size: (size, 0)), sizes.map(lambda step: (1, step))), max_size=64))
+    return TensorSpec(draw(st.sampled_from([torch.uint8, torch.float8_e4m3fnuz])), tuple(n for n, _ in dims), tuple(n for _, n in dims))
+
+
+@given(ANY_TEXT, st.integers(1, 700), specs(), st.integers(0, (1 << 63) - 1))
+@example("\0", 592, TensorSpec(torch.uint8, (), ()), 0)  # the longest of its kind for which no header is made
+@example("\0", 635, TensorSpec(torch.uint8, (), ()), 0)  # takes two pages
+@example("", 1, TensorSpec(torch.float8_e4m3fnuz, (1,) * 54, ((1 << 63) - 1,) * 54), (1 << 63) - 1)
+def test_how_long_a_header_is_can_be_told_before_it_is_made(text: str, times: int, spec: TensorSpec, generation: int) -> None:
+    key, store = text * times, "0" * 32
+    sums = bytes(sums_size(spec.nbytes))
+    assert encoded_size(key, spec, generation, store) == len(encode_head(key, spec, sums, generation, store))
+
+
 @given(st.lists(ANY_TEXT, unique=True, max_size=4))
 @example(list(ODD_KEYS))
 def test_any_text_is_a_key(keys: list[str]) -> None:
