@@ -18,7 +18,8 @@ ALIGNMENT = 4096  # of the data in the file and so in memory, in bytes
 MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
 
 _FRAME = 512  # bytes; more than a head has beside its key, its sizes and its checksums
-_CHARACTER, _DIMENSION = 6, 3 * 22  # bytes in it at most: \\u0000, and the numbers of a dimension in shape, stride and shape again
+_CHARACTER = 8  # bytes that one of the key takes at most: four in UTF-8, as hexadecimal digits
+_DIMENSION = 3 * 22  # and a dimension, which is in the shape, the stride, and the shape of the entry
 
 SAFETENSORS_NAMES = {
     torch.bool: "BOOL",
@@ -62,7 +63,7 @@ def encode_head(key: str, spec: TensorSpec, sums: bytes, generation: int, store:
 
 
 def encoded_size(key: str, spec: TensorSpec, generation: int, store: str) -> int:
-    """Return the size of what `encode_head` will return; encoding takes as long as many a value's first write has to wait for."""
+    """Return the size of what `encode_head` will return; where a page is sure to do, at once: a value's first write waits for it."""
     sums = sums_size(spec.nbytes)
     if _FRAME + _CHARACTER * len(key) + _DIMENSION * len(spec.shape) + 2 * sums <= ALIGNMENT:
         return ALIGNMENT

@@ -94,6 +94,7 @@ class BlobWriter:
             writer.write_together(head, data, 0)
         else:
             sums, head = writer.write_beside(data, size, partial(self._write_head, writer, draft))
+        assert len(head) == size, "the data would begin in the head, or behind a gap"
         if total % PAGE:
             self._system.truncate(descriptor, total)
         return Row(draft.key, blob, size, draft.spec, sums, checksum(head), draft.generation, FORMAT_VERSION)
