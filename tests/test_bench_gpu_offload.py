@@ -28,13 +28,14 @@ from gpu_device import CpuDevice, CudaDevice, copied_bytes, device_called, drive
 from gpu_models import DecoderShape, DenoiserShape, Shape, fill, layer_by_layer, made, pool_on, shape_from
 from gpu_offload import main, parse_options
 from gpu_results import Results
-from gpu_rows import Row, TierRow, turned
+from gpu_rows import Row, TierRow
 from gpu_study import MARGIN, Deadline, Plan, Study
 from gpu_tables import model_table, tier_table
 from gpu_three import Tiers, run_tiers
 from offload_children import Fate
 from offload_contenders import UnableError
 from rich.console import Console
+from turns import turned
 
 CPU = torch.device("cpu")
 TINY = DecoderShape(3, 256, 4, 512)
