@@ -35,7 +35,7 @@ from tierstore.checksum import Verify, check_verify
 from tierstore.errors import BackendError, CorruptionError
 from tierstore.file_system import FileSystem
 from tierstore.maintenance import Contents, Described, Inspection, Maintained, PathLike
-from tierstore.spec import TensorSpec, raw_bytes
+from tierstore.spec import TensorSpec, bytes_of
 
 _SYSTEM = FileSystem()
 T = TypeVar("T")
@@ -99,17 +99,17 @@ class DiskBackend(FileBackend, Maintained, Described):
 
     def put(self, key: str, tensor: torch.Tensor) -> None:
         self._check_writable()
-        data = raw_bytes(tensor).cpu().numpy().data
+        data = bytes_of(tensor)
         with explained(f"storing {key!r}", self.path):
-            row, status = self._writer.write(Draft(key, TensorSpec.of(tensor), self._next_generation(), data))
+            new, status = self._writer.write(Draft(key, TensorSpec.of(tensor), self._next_generation(), data))
             try:
-                old = self._index.change(key, row)
+                old = self._index.change(key, new)
             except UncertainError:
                 raise
             except OSError:
-                self._writer.remove(row)
+                self._writer.remove(new.row)
                 raise
-        self._blobs.trust(row, status)
+        self._blobs.trust(new.row, status)
         if old is not None:
             self._discard(old)
 

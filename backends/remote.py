@@ -30,7 +30,7 @@ from tierstore.backends._object import StoredObject, checksum_of, head_size, rea
 from tierstore.backends._parallel import Parallel
 from tierstore.backends._retry import Retries
 from tierstore.errors import BackendError, ClosedError, CorruptionError, RemoteError, TierStoreError
-from tierstore.spec import TensorSpec, raw_bytes, typed_view
+from tierstore.spec import TensorSpec, bytes_of, typed_view
 
 INDEX = "tierstore.json"
 VALUES = "values"
@@ -210,7 +210,7 @@ class RemoteBackend(_RemoteValues):
 
     def put(self, key: str, tensor: torch.Tensor) -> None:
         self._check_usable()
-        data = raw_bytes(tensor).cpu().numpy().data
+        data = bytes_of(tensor)
         self._begin_change()
         with self._lock:
             self._generation += 1

@@ -16,7 +16,7 @@ from tierstore.backends._disk.stretches import ScratchFile, Stretch
 from tierstore.checksum import Proof, Verify, check_verify, checksums
 from tierstore.errors import BackendError
 from tierstore.file_system import FileSystem
-from tierstore.spec import TensorSpec, raw_bytes, typed_view
+from tierstore.spec import TensorSpec, bytes_of, typed_view
 
 _SYSTEM = FileSystem()
 
@@ -51,7 +51,7 @@ class ScratchBackend(FileBackend):
 
     def put(self, key: str, tensor: torch.Tensor) -> None:
         self._owner.check()
-        data = raw_bytes(tensor).cpu().numpy().data
+        data = bytes_of(tensor)
         sums = checksums(data) if self._always else b""
         with explained(f"storing {key!r}", self.folder):
             stretch = self._file.store(data)

@@ -46,7 +46,7 @@ from tierstore.backends._lock import (
 from tierstore.backends._zarr_metadata import MARKER, attributes_of, chunk_of, described, layout_of, node_name
 from tierstore.errors import ClosedError, CorruptionError
 from tierstore.open_file import OpenFile
-from tierstore.spec import TensorSpec, raw_bytes, typed_view
+from tierstore.spec import TensorSpec, bytes_of, typed_view
 
 FORMAT_NAME, FORMAT_VERSION = "tierstore-zarr", 2
 
@@ -175,7 +175,7 @@ class ZarrBackend(FileBackend):
             chunk.parent.mkdir(parents=True, exist_ok=True)
             if not shape:
                 shutil.rmtree(chunk, ignore_errors=True)  # zarr makes a directory of the name that is the chunk's
-            chunk.write_bytes(raw_bytes(tensor).cpu().numpy().data)
+            chunk.write_bytes(bytes_of(tensor))
 
     def _find(self, key: str) -> FileExtent:
         """Return where the bytes of `key` lie, after checking that the metadata still describe them, and that they are all there."""

@@ -90,6 +90,11 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage(), offset, (nbytes,), (1,))
 
 
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes that `tensor` spans, to be read: its own memory, or a copy if it lies elsewhere than in RAM."""
+    return raw_bytes(tensor).cpu().numpy().data
+
+
 def typed_view(raw: torch.Tensor, spec: TensorSpec, offset: int = 0) -> torch.Tensor:
     """Return a tensor of `spec` over the memory of the uint8 tensor `raw`, `offset` elements from its start.
 

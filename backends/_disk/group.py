@@ -8,13 +8,13 @@ import threading
 from tierstore.backends._disk.failures import Health
 from tierstore.backends._disk.hold import WriteHold
 from tierstore.backends._disk.index import UncertainError
-from tierstore.backends._disk.rows import Row
+from tierstore.backends._disk.rows import Row, Sealed
 
 
 class _Change:
     """A new row for `key`, or none, on its way into the index; `old` is the one before."""
 
-    def __init__(self, key: str, new: Row | None) -> None:
+    def __init__(self, key: str, new: Sealed | None) -> None:
         self.key = key
         self.new = new
         self.old: Row | None = None
@@ -36,7 +36,7 @@ class GroupCommit:
         self._queueing = threading.Lock()
         self._queue: list[_Change] = []
 
-    def change(self, key: str, new: Row | None) -> Row | None:
+    def change(self, key: str, new: Sealed | None) -> Row | None:
         """Make `new` the row of `key`, or nothing; return the row before.
 
         Raises `KeyError` if there is neither. After an `OSError` that is no `UncertainError` nothing has changed.

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
-from tierstore.backends._disk.rows import Row, row_from, seal_of
+from tierstore.backends._disk.rows import Row, Sealed, row_from, seal_of
 from tierstore.checksum import SUM, checksum
 from tierstore.errors import CorruptionError, StorageError
 from tierstore.file_system import FileSystem
@@ -91,9 +91,9 @@ class Index:
                 for statement in _SCHEMA:
                     database.execute(statement)
                 for row in rows:
-                    columns = row.columns()
-                    _insert(database, columns)
-                    state = replace(state, total=state.total ^ _number(seal_of(columns)))
+                    sealed = row.sealed()
+                    _insert(database, sealed)
+                    state = replace(state, total=state.total ^ _number(sealed.seal))
                 _write_state(database, state)
                 system.commit(database)
         except ERRORS as error:
@@ -110,23 +110,23 @@ class Index:
         self.rows, self.state = self._load(check=False)
         return True
 
-    def commit(self, new: Sequence[Row], old: Sequence[Row]) -> None:
+    def commit(self, new: Sequence[Sealed], old: Sequence[Row]) -> None:
         """Replace the rows `old` by `new`, durably and as one; raise `OSError` if that has changed nothing.
 
         Raises `UncertainError` if it may come true later: then nothing may be built on either outcome.
         """
-        before, after = [row.columns() for row in old], [row.columns() for row in new]
+        gone = [row.sealed() for row in old]
         total = self.state.total
-        for columns in (*before, *after):
-            total ^= _number(seal_of(columns))
-        highest = max([self.state.generation, *(row.generation for row in new)])
+        for sealed in (*gone, *new):
+            total ^= _number(sealed.seal)
+        highest = max([self.state.generation, *(sealed.row.generation for sealed in new)])
         state = State(self.state.store, highest, self.state.commits + 1, total)
-        self._execute(after, [columns[0] for columns in before], state)
+        self._execute(new, gone, state)
         self.state = state
         for row in old:
             del self.rows[row.key]
-        for row in new:
-            self.rows[row.key] = row
+        for sealed in new:
+            self.rows[sealed.row.key] = sealed.row
 
     def image(self) -> bytes:
         """Return the checksum of every byte of the database; b"" if there have been commits that this object does not know of."""
@@ -156,14 +156,14 @@ class Index:
         """Let go of a database that was open when this process was forked, without touching it, as SQLite asks for."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._database))
 
-    def _execute(self, after: Sequence[tuple[object, ...]], gone: Sequence[object], state: State) -> None:
+    def _execute(self, new: Sequence[Sealed], gone: Sequence[Sealed], state: State) -> None:
         database = self._database
         try:
             database.execute("BEGIN IMMEDIATE")
-            for key in gone:
-                database.execute("DELETE FROM value WHERE key = ?", (key,))
-            for columns in after:
-                _insert(database, columns)
+            for sealed in gone:
+                database.execute("DELETE FROM value WHERE key = ?", sealed.columns[:1])
+            for sealed in new:
+                _insert(database, sealed)
             _write_state(database, state)
         except ERRORS as error:
             self._roll_back()
@@ -282,8 +282,8 @@ def damaged(reason: str, path: Path) -> CorruptionError:
     return CorruptionError("?", str(path), f"{reason}; `python -m tierstore repair` makes the index anew from the blobs")
 
 
-def _insert(database: sqlite3.Connection, columns: tuple[object, ...]) -> None:
-    database.execute(f"INSERT INTO value VALUES ({', '.join('?' * 12)})", (*columns, seal_of(columns)))
+def _insert(database: sqlite3.Connection, sealed: Sealed) -> None:
+    database.execute(f"INSERT INTO value VALUES ({', '.join('?' * 12)})", (*sealed.columns, sealed.seal))
 
 
 def _write_state(database: sqlite3.Connection, state: State) -> None:

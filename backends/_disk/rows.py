@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tierstore.backends._lock import parse_json, spec_from
 from tierstore.checksum import SUM, checksum, sums_size
@@ -47,14 +48,26 @@ class Row:
     def file_size(self) -> int:
         return self.offset + self.spec.nbytes
 
-    def columns(self) -> Columns:
-        """Return the row as what SQLite can hold."""
+    def sealed(self) -> Sealed:
+        """Return the row as the index holds it."""
+        columns = self._columns()
+        return Sealed(self, columns, seal_of(columns))
+
+    def _columns(self) -> Columns:
         spec = self.spec
         shapes = json.dumps(spec.shape), json.dumps(spec.stride)
         key = self.key.encode("utf-8", "surrogatepass")
         return (
             key, self.blob, self.offset, spec.nbytes, dtype_name(spec.dtype), *shapes, self.sums, self.head, self.generation, self.format,
         )  # fmt: skip
+
+
+class Sealed(NamedTuple):
+    """A row, what SQLite holds of it, and the checksum of that."""
+
+    row: Row
+    columns: Columns
+    seal: bytes
 
 
 def blob_name(blob: str) -> str:
@@ -67,7 +80,7 @@ def seal_of(columns: tuple[object, ...]) -> bytes:
 
 
 def row_from(columns: tuple[object, ...], seal: object) -> Row:
-    """Return the row that `Row.columns` gave; raise `ValueError` if it has changed since, or never was one."""
+    """Return the row that `Row.sealed` gave; raise `ValueError` if it has changed since, or never was one."""
     if seal != seal_of(columns):
         raise ValueError("a row of the index does not match its checksum")
     key, blob, offset, nbytes, dtype, shape, stride, sums, head, generation, version = columns

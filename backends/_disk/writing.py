@@ -14,7 +14,7 @@ from tierstore.backends._disk.blob import FORMAT_VERSION, encode_head, encoded_s
 from tierstore.backends._disk.direct import SLAB, DirectWriter, WritePool
 from tierstore.backends._disk.failures import Health
 from tierstore.backends._disk.layout import BLOBS, Root
-from tierstore.backends._disk.rows import Row, blob_name
+from tierstore.backends._disk.rows import Row, Sealed, blob_name
 from tierstore.backends._lock import TEMPORARY
 from tierstore.checksum import checksum, checksums
 from tierstore.file_system import FileSystem
@@ -54,21 +54,20 @@ class BlobWriter:
         self._shard = ""  # two digits: how the ids of blobs begin now
         self._room = 0  # blobs that may still go there
 
-    def write(self, draft: Draft) -> tuple[Row, os.stat_result]:
+    def write(self, draft: Draft) -> tuple[Sealed, os.stat_result]:
         """Return the row and the status of a new blob that is on the device, with its name; on failure there is none."""
         blob = self._new_id()
         shard, name = blob_name(blob).rsplit("/", 1)
         self._prepare_shard(shard)
         with self._root.folder(shard) as folder, _Unfinished(self._system, folder) as file:
-            row = self._fill(file.descriptor, draft, blob)
+            sealed = self._fill(file.descriptor, draft, blob)
             file.publish(name)
             try:
-                self._flush_both(file.descriptor, folder, draft.key)
+                return sealed, self._flush_both(file.descriptor, folder, draft.key)
             except BaseException:
                 with suppress(OSError):  # swept when the store is opened
                     self._system.unlink(folder, name)
                 raise
-            return row, self._system.status(file.descriptor)
 
     def remove(self, row: Row) -> None:
         """Take away a blob that no row names any more; what resists is swept when the store is opened."""
@@ -81,33 +80,36 @@ class BlobWriter:
     def __exit__(self, *_: object) -> None:
         self._pool.close()
 
-    def _fill(self, descriptor: int, draft: Draft, blob: str) -> Row:
-        """Write head and data into an empty file; return the row that will name it."""
+    def _fill(self, descriptor: int, draft: Draft, blob: str) -> Sealed:
+        """Write head and data into an empty file; return the row that will name it.
+
+        All of it that does not need the data to be written is done beside that: where the device is waited for.
+        """
         data = draft.data
         size = encoded_size(draft.key, draft.spec, draft.generation, self._store)
         writer = DirectWriter(self._system, descriptor, self._pool)
         total = size + len(data)
         self._system.reserve(descriptor, 0, total + -total % PAGE)
         if total <= TOGETHER:
-            sums = checksums(data)
-            head = self._head(draft, sums)
+            sealed, head = self._describe(draft, blob)
             writer.write_together(head, data, 0)
         else:
-            sums, head = writer.write_beside(data, size, partial(self._write_head, writer, draft))
-        assert len(head) == size, "the data would begin in the head, or behind a gap"
+            sealed = writer.write_beside(data, size, partial(self._write_head, writer, draft, blob))
+        assert sealed.row.offset == size, "the data would begin in the head, or behind a gap"
         if total % PAGE:
             self._system.truncate(descriptor, total)
-        return Row(draft.key, blob, size, draft.spec, sums, checksum(head), draft.generation, FORMAT_VERSION)
+        return sealed
 
-    def _write_head(self, writer: DirectWriter, draft: Draft) -> tuple[bytes, bytes]:
-        """Write the head; return the checksums in it, and the head."""
-        sums = checksums(draft.data)
-        head = self._head(draft, sums)
+    def _write_head(self, writer: DirectWriter, draft: Draft, blob: str) -> Sealed:
+        sealed, head = self._describe(draft, blob)
         writer.write(memoryview(head), 0)
-        return sums, head
+        return sealed
 
-    def _head(self, draft: Draft, sums: bytes) -> bytes:
-        return encode_head(draft.key, draft.spec, sums, draft.generation, self._store)
+    def _describe(self, draft: Draft, blob: str) -> tuple[Sealed, bytes]:
+        """Return the row of a blob, and its head."""
+        sums = checksums(draft.data)
+        head = encode_head(draft.key, draft.spec, sums, draft.generation, self._store)
+        return Row(draft.key, blob, len(head), draft.spec, sums, checksum(head), draft.generation, FORMAT_VERSION).sealed(), head
 
     def _new_id(self) -> str:
         """Return a random id for a blob."""
@@ -117,12 +119,17 @@ class BlobWriter:
             self._room -= 1
             return self._shard + secrets.token_hex(15)
 
-    def _flush_both(self, file: int, folder: int, key: str) -> None:
-        """Flush a file and the directory with its name at the same time, so that they share what the file system waits for."""
+    def _flush_both(self, file: int, folder: int, key: str) -> os.stat_result:
+        """Flush a file and the directory with its name at the same time, so that they share what the file system waits for.
+
+        Returns the file's status.
+        """
         flush = partial(self._flush, folder, f"a directory could not be flushed while {key!r} was stored")
         with self._pool.running(flush) as (flushed,):
             self._flush(file, f"a file could not be flushed while {key!r} was stored")
+            status = self._system.status(file)
             flushed()
+        return status
 
     def _flush(self, descriptor: int, reason: str) -> None:
         try:
