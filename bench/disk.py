@@ -6,10 +6,10 @@
     python bench/disk.py --rounds 100 --no-others --parts durable
 
 Values of 4 to 64 MiB, 496 MiB in all, in memory as aligned as a tier of RAM has it. The contenders take turns in every
-round, another one first each time; each figure is the median over the rounds, and a ratio the median of the ratios within a
-round to the best raw route, which is the one of 1, 2 and 4 threads with the highest median. "90 % sure" is where the median
-of very many rounds would be, by the order of these alone. Raw is `pwrite` and `preadv`
-with direct I/O in requests of 8 MiB that go round in 256 MiB of huge pages, as much as four of the largest values take.
+round, another one first each time, and another one before each; each figure is the median over the rounds, and a ratio the
+median of the ratios within a round to the best raw route, which is the one of 1, 2 and 4 threads with the highest median.
+"90 % sure" is where the median of very many rounds would be, by the order of these alone. Raw is `pwrite` and `preadv` with
+direct I/O in requests of 8 MiB that go round in 256 MiB of huge pages, as much as four of the largest values take.
 "The same 8 MiB" is one thread that reads into one place again and again: so fast is memory that nobody needs for long, and
 which may never leave the processor's cache; it is no route for values that are to stay.
 
@@ -31,7 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
@@ -120,11 +120,11 @@ def rate(act: Act) -> float:
 class Figures:
     """GB/s by name, one for each round."""
 
-    def __init__(self) -> None:
-        self.rates: dict[str, list[float]] = {}
+    def __init__(self, names: Iterable[str]) -> None:
+        self.rates: dict[str, list[float]] = {name: [] for name in names}
 
     def add(self, name: str, rate: float) -> None:
-        self.rates.setdefault(name, []).append(rate)
+        self.rates[name].append(rate)
 
     def best_raw(self) -> list[float]:
         return max((self.rates[raw_name(count)] for count in THREADS), key=statistics.median)
@@ -165,7 +165,7 @@ class Turn:
 
 
 def run(turns: list[Turn], rounds: int) -> Figures:
-    figures = Figures()
+    figures = Figures(turn.name for turn in turns)
     for number in range(rounds):
         for turn in turned(turns, number):
             with turn.prepared() as act:

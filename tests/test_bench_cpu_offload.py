@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
+from collections import Counter
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,13 @@ def test_every_contender_goes_first_once() -> None:
     names = ["a", "b", "c"]
     assert [turned(names, r)[0] for r in range(-2, 3)] == ["b", "c", "a", "b", "c"]
     assert all(sorted(turned(names, r)) == names for r in range(3))
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_every_contender_comes_after_each_other_one_equally_often(size: int) -> None:
+    rounds = size * (1 + size % 2)
+    followed = Counter(pair for number in range(rounds) for pair in pairwise(turned(range(size), number)))
+    assert followed == dict.fromkeys(permutations(range(size), 2), rounds // size)
 
 
 def test_a_task_survives_the_command_line() -> None:
