@@ -7,9 +7,10 @@
 
 Values of 4 to 64 MiB, 496 MiB in all, in memory as aligned as a tier of RAM has it. The contenders take turns in every
 round, another one first each time, and another one before each; each figure is the median over the rounds, and a ratio the
-median of the ratios within a round to the best raw route, which is the one of 1, 2 and 4 threads with the highest median.
-"90 % sure" is where the median of very many rounds would be, by the order of these alone. Raw is `pwrite` and `preadv` with
-direct I/O in requests of 8 MiB that go round in 256 MiB of huge pages, as much as four of the largest values take.
+median of the ratios within a round: to one thread that does raw I/O in sequence, and to the best raw route, which is the one
+of 1, 2 and 4 threads with the highest median (so it is the one that was lucky, where they are equally fast). "90 % sure" is
+where the median of very many rounds would be, by the order of these alone. Raw is `pwrite` and `preadv` with direct I/O in
+requests of 8 MiB that go round in 256 MiB of huge pages, as much as four of the largest values take.
 "The same 8 MiB" is one thread that reads into one place again and again: so fast is memory that nobody needs for long, and
 which may never leave the processor's cache; it is no route for values that are to stay.
 
@@ -32,7 +33,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +40,7 @@ from pathlib import Path
 
 import torch
 from disk_formats import Format, files_in, formats
-from disk_raw import MIB, REQUEST, SIZES, Raw, huge_slab
+from disk_raw import MIB, REQUEST, SIZES, Raw, huge_slab, in_threads
 from rich.console import Console
 from rich.table import Table
 from turns import turned
@@ -98,8 +98,13 @@ def read_store(store: TieredStore) -> None:
 
 
 def put_all(backend: Backend, tensors: Mapping[str, torch.Tensor], threads: int) -> None:
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(backend.put, tensors, tensors.values()))
+    left = iter(tensors.items())
+
+    def act(_: int) -> None:
+        for key, tensor in left:
+            backend.put(key, tensor)
+
+    in_threads(threads, act)
 
 
 def drop_cache(folder: Path) -> None:
@@ -126,17 +131,22 @@ class Figures:
     def add(self, name: str, rate: float) -> None:
         self.rates[name].append(rate)
 
-    def best_raw(self) -> list[float]:
-        return max((self.rates[raw_name(count)] for count in THREADS), key=statistics.median)
+    def references(self) -> dict[str, list[float]]:
+        """Return what the others are compared with."""
+        best = max((self.rates[raw_name(count)] for count in THREADS), key=statistics.median)
+        return {"raw, 1 thread": self.rates[raw_name(1)], "the best raw": best}
 
     def table(self, title: str) -> Table:
         table = Table(title=title, title_justify="left")
-        for column in ("way", "GB/s", "of the best raw", "90 % sure", "least", "most"):
-            table.add_column(column, justify="left" if column == "way" else "right")
+        table.add_column("way")
+        for column in ("GB/s", *(column for name in self.references() for column in (f"of {name}", "90 % sure"))):
+            table.add_column(column, justify="right")
         for name, rates in self.rates.items():
-            ratios = sorted(mine / best for mine, best in zip(rates, self.best_raw(), strict=True))
-            rate, ratio = statistics.median(rates), statistics.median(ratios)
-            table.add_row(name, f"{rate:.2f}", f"{ratio:.2f}", interval(ratios), f"{ratios[0]:.2f}", f"{ratios[-1]:.2f}")
+            cells = [f"{statistics.median(rates):.2f}"]
+            for others in self.references().values():
+                ratios = sorted(mine / other for mine, other in zip(rates, others, strict=True))
+                cells += [f"{statistics.median(ratios):.2f}", interval(ratios)]
+            table.add_row(name, *cells)
         return table
 
 
