@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tierstore import FileExtent, Tiered, TieredStore, tiered
+from tierstore.backends._arena import PAGE, Arena
 from tierstore.backends.disk import DiskBackend
 from tierstore.backends.ram import RamBackend
 from tierstore.checksum import PIECE
@@ -47,13 +48,13 @@ def reader() -> Iterator[Reader]:
 
 
 def fetch(reader: Reader, backend: DiskBackend, key: str) -> torch.Tensor:
-    """Read a value as a transfer does; raise what it raises."""
+    """Read a value as a transfer does, into memory that lies as the file does; raise what it raises."""
     return fetched(reader, backend.extent(key))
 
 
 def fetched(reader: Reader, extent: FileExtent) -> torch.Tensor:
     ended, errors = Event(), list[BaseException | None]()
-    out = torch.empty(extent.nbytes, dtype=torch.uint8)
+    out = Arena().allocate(extent.nbytes, extent.offset % PAGE)
 
     def done(error: BaseException | None) -> None:
         errors.append(error)
