@@ -137,13 +137,14 @@ class Figures:
         return {"raw, 1 thread": self.rates[raw_name(1)], "the best raw": best}
 
     def table(self, title: str) -> Table:
+        references = self.references()
         table = Table(title=title, title_justify="left")
         table.add_column("way")
-        for column in ("GB/s", *(column for name in self.references() for column in (f"of {name}", "90 % sure"))):
+        for column in ("GB/s", *(column for name in references for column in (f"of {name}", "90 % sure"))):
             table.add_column(column, justify="right")
         for name, rates in self.rates.items():
             cells = [f"{statistics.median(rates):.2f}"]
-            for others in self.references().values():
+            for others in references.values():
                 ratios = sorted(mine / other for mine, other in zip(rates, others, strict=True))
                 cells += [f"{statistics.median(ratios):.2f}", interval(ratios)]
             table.add_row(name, *cells)
