@@ -441,6 +441,92 @@ def test_threads_start_at_the_first_extent_and_serve_in_order(tmp_path: Path, ar
     assert results.order == names
 
 
+class Device:
+    """A `Readable` that says how many reads of it are under way; with `together`, a read ends when so many are."""
+
+    def __init__(self, *, direct: bool, together: int = 1, broken: int | None = None) -> None:
+        self.direct = direct
+        self.most = 0
+        self._broken = broken
+        self._now = 0
+        self._lock = threading.Lock()
+        self._meeting = threading.Barrier(together)
+
+    def share(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+    def read(self, memory: memoryview, offset: int) -> None:
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+        self._meeting.wait(60)
+        time.sleep(0.002)  # a read beside this one would be seen
+        memory[:1] = bytes([offset % 251])
+        with self._lock:
+            self._now -= 1
+        if offset == self._broken:
+            raise OSError(errno.EIO, "broken")
+
+    def read_cached(self, memory: memoryview, offset: int) -> None:
+        raise NotImplementedError
+
+    def fileno(self) -> int:
+        raise NotImplementedError
+
+    def keep(self) -> Callable[[], None]:
+        raise NotImplementedError
+
+
+def read_all(device: Device, nbytes: int, count: int) -> dict[str, BaseException | None]:
+    """Read `count` extents of `nbytes` that are begun one right after the other; return how each ended."""
+    reader, results = Reader(request_bytes=1 << 20), Results()
+    outs = [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(count)]
+    for number, out in enumerate(outs):
+        reader.begin(lambda number=number, out=out: (FileExtent("", number, nbytes, device), out), results.done(str(number)))  # type: ignore[misc]
+    reader.close()
+    assert results.calls == {str(number): 1 for number in range(count)}
+    assert [int(out[0]) for out in outs] == list(range(count))
+    return results.errors
+
+
+def test_large_direct_reads_come_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side by side they would all arrive as late as the last one; one that fails lets the next one go on."""
+    monkeypatch.setattr("tierstore.transfer.reader._LARGE", 1 << 10)
+    device = Device(direct=True, broken=3)
+    errors = read_all(device, 1 << 10, 12)
+    assert device.most == 1
+    assert [name for name, error in errors.items() if error is not None] == ["3"]
+
+
+@pytest.mark.parametrize("device", [Device(direct=False, together=4), Device(direct=True, together=4)], ids=["cached", "small"])
+def test_other_reads_come_at_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes from the page cache is copied by several threads; small requests alone leave a device idle."""
+    monkeypatch.setattr("tierstore.transfer.reader._LARGE", (1 << 10) + device.direct)
+    read_all(device, 1 << 10, 12)
+    assert device.most == 4
+
+
+def test_large_direct_reads_are_one_request(tmp_path: Path, arena: Arena, spy: Spy) -> None:
+    content = random_bytes(6 << 20)
+    path = write(tmp_path / "file", content)
+    needs_direct(path)
+    file, out = open_file.OpenFile(str(path)), arena.allocate(6 << 20)
+    reader, results, requests = Reader(request_bytes=1 << 20), Results(), list[int]()
+    for _ in range(2):
+        spy.fail = lambda direct, offset: requests.append(offset) or 0 if direct else 0  # type: ignore[func-returns-value]
+        requests.clear()
+        reader.begin(lambda: (FileExtent(str(path), 0, 6 << 20, file), out.zero_()), results.done("it"))
+        results.wait()
+        assert torch.equal(out, content)
+        assert results.errors["it"] is None
+    assert requests == [0], "the first time nobody knew yet whether the file is read directly"
+    reader.close()
+    file.close()
+
+
 def test_close_waits_for_what_is_queued_and_refuses_what_comes(tmp_path: Path, arena: Arena) -> None:
     content = random_bytes(10 * PAGE)
     path = write(tmp_path / "file", content)

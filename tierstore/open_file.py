@@ -41,6 +41,10 @@ class Readable(Protocol):
     Who makes one has to `close` it, once, and so has everybody who was allowed to `share` it.
     """
 
+    @property
+    def direct(self) -> bool:
+        """True if a read is known to go around the page cache, so that one large request keeps the device busy by itself."""
+
     def share(self) -> bool:
         """Let one more user have it; False if it is closed already."""
 
@@ -87,6 +91,10 @@ class OpenFile:
     def of(cls, path: str, shared: Readable | None) -> Readable:
         """Return `shared` if it may still be shared, else the file at a path, opened; to be closed by the caller."""
         return shared if shared is not None and shared.share() else cls(path)
+
+    @property
+    def direct(self) -> bool:
+        return self._cold and self._direct is not None and not self._refused
 
     def fileno(self) -> int:
         """Return the descriptor for ordinary reads and maps; valid as long as the caller has not closed the file."""

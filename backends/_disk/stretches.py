@@ -41,6 +41,10 @@ class Stretch:
         self.holders = 1
         self._file = file
 
+    @property
+    def direct(self) -> bool:
+        return self._file.file.direct
+
     def share(self) -> bool:
         return self._file.hold(self, reading=True)
 

@@ -1,4 +1,12 @@
-"""Reads extents of files into CPU memory with a few threads, around the page cache wherever it does not have them already."""
+"""Reads extents of files into CPU memory with a few threads, around the page cache wherever it does not have them already.
+
+[Note: in order, and one after the other]
+A device shares itself among the requests that it has. If several values are read at once they all arrive at the same time:
+the one that is needed first comes as late as the one that is needed last, and then the device has nothing to do until the
+first has been used and has left. So what is read around the page cache is read one value after the other, in one request
+that the system takes apart: that keeps a device as busy as several (where the memory is in no cache of the processor), and
+wakes fewer threads. The next value is prepared meanwhile. Small ones, which alone do not keep it busy, wait for nobody.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +23,8 @@ from tierstore.checksum import PIECE
 from tierstore.errors import BackendError, ClosedError
 from tierstore.open_file import PAGE, OpenFile, Readable
 
+_LARGE = 4 << 20  # bytes of which one request keeps a device busy
+
 Done = Callable[[BaseException | None], None]
 Prepare = Callable[[], tuple[FileExtent, torch.Tensor] | None]
 
@@ -22,9 +32,9 @@ Prepare = Callable[[], tuple[FileExtent, torch.Tensor] | None]
 class Reader:
     """Serves requests of at most `request_bytes` in the order of `submit` with `threads` threads, started at the first one.
 
-    Extents are cut into requests, so that the device has several at once also for one large value. An extent holds a file
-    descriptor from `submit` on, and one more while it is read. Safe to call from several threads; its lock is held while a
-    file is opened and queued, never while one is read.
+    Extents are cut into requests, so that the device has several at once also for one large value, unless one is enough (see
+    the note). An extent holds a file descriptor from `submit` on, and one more while it is read. Safe to call from several
+    threads; its lock is held while a file is opened and queued, never while one is read.
     """
 
     def __init__(self, threads: int = 4, request_bytes: int = 8 << 20) -> None:
@@ -36,6 +46,7 @@ class Reader:
         self._threads: list[threading.Thread] = []
         self._queue: SimpleQueue[_Step | None] = SimpleQueue()
         self._closed = False
+        self._turn = threading.Lock()
 
     def submit(self, extent: FileExtent, out: torch.Tensor, done: Done) -> None:
         """Read the bytes of `extent` into `out`, a contiguous uint8 CPU tensor of just that size, and call `done` once.
@@ -66,7 +77,9 @@ class Reader:
         self._start()
 
     def share_out(self, job: _Job) -> list[_Request]:
-        """Leave all but the first part of `job` to whichever thread is free; return those that this thread has to read."""
+        """Leave parts of `job` to whichever thread is free; return those that this thread has to read."""
+        if job.in_one_go:
+            return [_InTurn(job, self._turn)]
         requests = _requests(job, self._request_bytes)
         with self._lock:
             if self._closed:  # the other threads are ending
@@ -108,6 +121,11 @@ class _Job:
             self._file = OpenFile.of(extent.path, extent.file)
         except OSError as error:
             self._error = error.with_traceback(None)
+
+    @property
+    def in_one_go(self) -> bool:
+        """True if the system is to take it apart."""
+        return self.extent.nbytes >= _LARGE and self.extent.proof is None and self._file is not None and self._file.direct
 
     def read(self, start: int, stop: int) -> None:
         """Read and check a part of the extent, unless an error has made it useless; start and stop count from its start."""
@@ -175,13 +193,28 @@ class _Request:
     def serve(self) -> None:
         error: BaseException | None = BackendError("reading ended without a result; see the reader thread's own error")
         try:
-            self._job.read(self._start, self._stop)
+            self._read()
             error = None
         except OSError as failure:
             # with its traceback it would keep this frame, and so the memory, until the garbage collector comes
             error = failure.with_traceback(None)
         finally:  # whatever happens: a value that is never reported would be waited for for ever
             self._job.end(error)
+
+    def _read(self) -> None:
+        self._job.read(self._start, self._stop)
+
+
+class _InTurn(_Request):
+    """A whole extent, read while no other one is read so."""
+
+    def __init__(self, job: _Job, turn: threading.Lock) -> None:
+        super().__init__(job, 0, job.extent.nbytes)
+        self._turn = turn
+
+    def _read(self) -> None:
+        with self._turn:
+            super()._read()
 
 
 def _check_memory(extent: FileExtent, out: torch.Tensor) -> None:
