@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import islice
 from typing import NamedTuple
 
 
@@ -38,11 +37,9 @@ class Units:
         Addresses that no move leads to have memory already, or get it when they are touched.
         """
         self.live += stop - start
-        addresses = range(start, stop, self.size)
-        targets = [address for address in addresses if address not in self._warm]
-        self.forget(start, stop)
-        free = list(self._warm)[: len(targets)]
-        return list(_joined(Move(source, target, self.size, self._warm.pop(source)) for source, target in zip(free, targets, strict=False)))
+        warm = self._warm
+        targets = [address for address in range(start, stop, self.size) if warm.pop(address, self) is self]
+        return self._joined([(source, target) for source, target in zip(islice(warm, len(targets)), targets, strict=False)])
 
     def give(self, start: int, stop: int, owner: object) -> None:
         """Take back a live range, all of which has memory; its addresses stay the system's as long as `owner` lives."""
@@ -57,17 +54,20 @@ class Units:
     def cool(self, excess: int) -> list[Move]:
         """Make at least `excess` warm bytes cold, as far as there are any; return what to give back, as moves to itself."""
         count = min(len(self._warm), max(0, -(-excess // self.size)))
-        addresses = sorted(list(self._warm)[:count])
-        return list(_joined(Move(address, address, self.size, self._warm.pop(address)) for address in addresses))
+        return self._joined([(address, address) for address in sorted(islice(self._warm, count))])
 
-
-def _joined(moves: Iterable[Move]) -> Iterator[Move]:
-    """Join moves of neighbours to neighbours that have one owner."""
-    for _, run in groupby(enumerate(moves), key=_run_of):
-        members = [move for _, move in run]
-        yield members[0]._replace(nbytes=sum(move.nbytes for move in members))
-
-
-def _run_of(numbered: tuple[int, Move]) -> tuple[int, int, int]:
-    number, move = numbered
-    return move.source - number * move.nbytes, move.target - number * move.nbytes, id(move.owner)
+    def _joined(self, pairs: list[tuple[int, int]]) -> list[Move]:
+        """Make warm units, each to go from one address to another, cold; join those of neighbours to neighbours that have one owner."""
+        moves: list[Move] = []
+        first, count, owner = (0, 0), 0, None
+        for pair in pairs:
+            mine = self._warm.pop(pair[0])
+            ahead = count * self.size
+            if mine is not owner or pair != (first[0] + ahead, first[1] + ahead):
+                if count:
+                    moves.append(Move(*first, ahead, owner))
+                first, count, owner = pair, 0, mine
+            count += 1
+        if count:
+            moves.append(Move(*first, count * self.size, owner))
+        return moves

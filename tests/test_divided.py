@@ -24,6 +24,7 @@ from tierstore.backends.ram import RamBackend
 from tierstore.patch.stored import DividedSource
 from tierstore.pieces import piece_bytes
 from tierstore.planning import plan as planning
+from tierstore.planning.schedule import FROM_FILES
 from tierstore.spec import TensorSpec
 
 MIB = 1 << 20
@@ -279,12 +280,15 @@ def test_a_model_in_pieces_equals_the_plain_one(policy: str, share: float, middl
     ("budget", "mebibytes"), [(None, 8), (0, 8), (100 * MIB, 8), (128 * MIB, 16), (150 * MIB, 16), (256 * MIB, 32), (1 << 40, 32)]
 )
 def test_pieces_are_large_where_there_is_room(budget: int | None, mebibytes: int) -> None:
-    assert piece_bytes(RamBackend(), budget) == mebibytes * MIB
+    """Twice as large at most where most of each value streams."""
+    assert piece_bytes(RamBackend(), budget, 2 * (budget or 0) + 1) == mebibytes * MIB
+    assert piece_bytes(RamBackend(), budget, 2 * (budget or 0)) == min(mebibytes, 16) * MIB
 
 
 def test_a_piece_is_as_large_as_what_may_be_on_its_way() -> None:
     """Smaller ones need more transfers and no smaller ring, larger ones a larger ring."""
     assert pieces._SHARE == planning._AHEAD_SHARE
+    assert FROM_FILES.ahead_bytes == pieces._LARGEST
 
 
 @torch.no_grad()

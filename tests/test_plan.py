@@ -18,7 +18,7 @@ from tierstore.planning.cycle import Cycle
 from tierstore.planning.frequency import TinyLFU
 from tierstore.planning.lane import Lane
 from tierstore.planning.offline import Belady, lower_bound
-from tierstore.planning.plan import plan
+from tierstore.planning.plan import Cost, plan
 from tierstore.planning.predictor import Predictor
 from tierstore.planning.replay import Simulation, replay
 from tierstore.planning.schedule import Schedule
@@ -29,7 +29,7 @@ MODELS = [name for name in RECORDED if name != "mixture"]
 
 def auto(capacity: int) -> Lane:
     """Return the policy "auto" for the fast one of two tiers."""
-    schedule = Schedule(fixed_bytes=0)
+    schedule = Schedule(Cost())
     lane = Lane(schedule)
     Lane(schedule)
     lane.budget(capacity)
@@ -94,7 +94,7 @@ def test_whatever_the_ring_needs_what_stays_is_what_saves_most(
     trace, sizes, durations = program
     largest, total = max(sizes.values()), sum(sizes.values())
     budgets = [max(largest, int(share / 2 * total)), max(largest, int(share * total))]
-    made = plan(trace, sizes, [*budgets, None], durations, fixed_bytes=fixed_bytes)
+    made = plan(trace, sizes, [*budgets, None], durations, cost=Cost(fixed_bytes, 64 * fixed_bytes))
     uses = Counter(trace)
     for level, budget in enumerate(budgets):
         stays = [key for key, rest in made.rest.items() if rest == level]
@@ -153,7 +153,7 @@ def test_tiers_are_exclusive_and_times_predicted() -> None:
 
 def test_small_entries_stay_where_a_transfer_has_a_price() -> None:
     sizes = {f"{kind}{i}": nbytes for i in range(20) for kind, nbytes in (("large", 100), ("small", 1))}
-    made = plan(list(sizes), sizes, [400, None], fixed_bytes=10)
+    made = plan(list(sizes), sizes, [400, None], cost=Cost(10))
     assert all(made.rest[key] == 0 for key in sizes if key.startswith("small"))
 
 
@@ -326,9 +326,9 @@ def test_a_ring_has_room_for_what_keeps_a_link_busy() -> None:
     """Where transfers cost something on top of their bytes several have to be on their way; but no more than an eighth of a budget."""
     sizes = {f"k{number}": 10 for number in range(100)}
     assert plan(list(sizes), sizes, [500, None]).ring_bytes == (20,)
-    assert plan(list(sizes), sizes, [500, None], fixed_bytes=1).ring_bytes == (70,)  # 10, and six more, of 64 and 500 / 8
-    assert plan(list(sizes), sizes, [160, None], fixed_bytes=1).ring_bytes == (30,)  # 160 / 8
-    made = plan(list(sizes), sizes, [500, None], fixed_bytes=1)
+    assert plan(list(sizes), sizes, [500, None], cost=Cost(1, 64)).ring_bytes == (70,)  # 10, and six more, of 64 and 500 / 8
+    assert plan(list(sizes), sizes, [160, None], cost=Cost(1, 64)).ring_bytes == (30,)  # 160 / 8
+    made = plan(list(sizes), sizes, [500, None], cost=Cost(1, 64))
     assert sum(sizes[key] for key, level in made.rest.items() if level == 0) + made.ring_bytes[0] <= 500
 
 
@@ -367,7 +367,7 @@ def test_what_no_plan_speaks_of_gives_way_to_what_a_slower_tier_is_to_keep() -> 
 
 def test_a_slow_lane_that_a_fast_one_has_overtaken_goes_on() -> None:
     """What is in the fastest tier already, straight from the disk, keeps nothing else from being fetched into RAM: or it is so for ever."""
-    schedule = Schedule(fixed_bytes=0)
+    schedule = Schedule(Cost())
     fast, ram, _ = Lane(schedule), Lane(schedule), Lane(schedule)
     fast.budget(40)
     ram.budget(100)
@@ -389,7 +389,7 @@ def test_a_slow_lane_that_a_fast_one_has_overtaken_goes_on() -> None:
 
 def test_what_leaves_while_a_plan_settles_does_not_make_the_next_one_smaller() -> None:
     """A tier that is still full of what stayed before has too little room for a time; a plan leaves too little if it goes on."""
-    schedule = Schedule(fixed_bytes=0)
+    schedule = Schedule(Cost())
     fast, _ = Lane(schedule), Lane(schedule)
     fast.budget(40)
     keys = [f"block{i}" for i in range(8)]
@@ -414,7 +414,7 @@ def test_what_leaves_while_a_plan_settles_does_not_make_the_next_one_smaller() -
 
 def test_what_no_plan_speaks_of_is_fetched_ahead_where_it_is_foreseen() -> None:
     """A model that is used once between loops comes into the fastest tier in the order of its use, before what is kept for the loop."""
-    schedule = Schedule(fixed_bytes=0)
+    schedule = Schedule(Cost())
     fast, ram, _ = Lane(schedule), Lane(schedule), Lane(schedule)
     fast.budget(60)
     ram.budget(100)

@@ -64,6 +64,29 @@ def test_leases_nest_and_end_in_any_order(rig: MakeRig) -> None:
     r.check()
 
 
+def test_the_short_way_to_a_lease_takes_all_or_none_and_moves_nothing(rig: MakeRig) -> None:
+    r = rig(30, None)
+    moves = r.store.moves
+    for number, key in enumerate("abcd"):
+        r.store.put(key, value(10, number))
+    entries = [moves.entries[key] for key in "bcd"]
+    hits, copies = moves.counters.hits, len(moves.timeline._copies)
+    with moves.lock:
+        assert not moves.lease_resident([moves.entries["a"], *entries], 0), "a was written down"
+        assert not moves.lease_resident(entries, 1), "nothing would be left free of leases"
+        assert moves.leased_bytes == 0
+        assert moves.lease_resident(entries, 0)
+        assert moves.lease_resident(entries[:1], 0), "what has a lease takes no more room"
+        assert moves.leased_bytes == 30
+        assert not moves.lease_unnoticed([moves.entries["a"]])
+        moves.release(entries)
+        moves.release(entries[:1])
+        assert moves.leased_bytes == 0
+    assert moves.counters.hits == hits + 4
+    assert len(moves.timeline._copies) == copies
+    r.check()
+
+
 def test_a_lease_is_held_once_at_a_time(rig: MakeRig) -> None:
     r = rig(20)
     r.store.put("a", value(10))

@@ -16,6 +16,7 @@ from tierstore.backend import Backend
 from tierstore.backends.disk import DiskBackend
 from tierstore.backends.scratch import ScratchBackend
 from tierstore.planning.lane import Lane
+from tierstore.planning.plan import Cost
 from tierstore.planning.schedule import Schedule
 from tierstore.spec import TensorSpec
 from tierstore.store import TieredStore
@@ -39,7 +40,7 @@ class Auto:
     """The policy "auto" without a cost for each transfer: sizes here are tens of bytes."""
 
     def __init__(self) -> None:
-        self.schedule = Schedule(fixed_bytes=0)
+        self.schedule = Schedule(Cost())
 
     def __call__(self) -> Any:
         return Lane(self.schedule)

@@ -13,6 +13,7 @@ import torch
 
 from tierstore.leasing import Leasing
 from tierstore.planning.lane import Lane
+from tierstore.planning.plan import Cost
 from tierstore.planning.schedule import Schedule
 from tierstore.registry import open_backend
 from tierstore.store import TieredStore
@@ -31,7 +32,7 @@ class Auto:
     """The policy "auto" without a cost for each transfer: sizes here are tens of bytes."""
 
     def __init__(self) -> None:
-        self.schedule = Schedule(fixed_bytes=0)
+        self.schedule = Schedule(Cost())
 
     def __call__(self) -> Any:
         return Lane(self.schedule)

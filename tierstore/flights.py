@@ -153,7 +153,7 @@ class Flights(Residency):
         """Wait until no entry moves, and nobody is about to move one ahead of use. Takes the lock itself."""
         with self.lock:
             while self._busy or self._ending or self._pumping or any(self._flights):
-                self.engine.wait(self.lock)
+                self.pause()
 
     def set_aside(self, level: int, nbytes: int) -> None:
         """Leave bytes of a tier's budget to others than the store; what does not fit any more leaves, as far as it can now."""
@@ -180,6 +180,10 @@ class Flights(Residency):
         finally:
             self._pumping = False
             self.wake()
+
+    def all_fetching(self) -> bool:
+        """True if something is on its way into each tier that fetches ahead of use: when it lands, there will be a `pump`."""
+        return all(self._flights[level] for level, _ in self._foresights)
 
     def _link_idle(self, level: int) -> bool:
         return not self.closed and not self.busy_link(level)

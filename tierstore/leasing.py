@@ -37,7 +37,7 @@ class Leasing(Flights):
             started = self.engine.now() if started is None else started
             in_the_way = not wait and any(self._flights)  # these end by themselves; leases may not
             if in_the_way or any(entry.busy for entry in wanted):
-                self.engine.wait(self.lock)
+                self.pause()
             elif not wait:
                 return False
             else:
@@ -48,38 +48,50 @@ class Leasing(Flights):
         try:
             self.engine.computing()
             self._wait_until_ready(wanted)
-            self.pump()
+            if not self.all_fetching():
+                self.pump()
         except BaseException:
             self.release(wanted, passing=passing)
             raise
         return True
 
-    def lease_resident(self, entry: Entry, headroom: int) -> bool:
-        """Lease an entry if that takes no move and leaves `headroom` bytes free of leases: the short way of `acquire`.
+    def lease_resident(self, entries: Sequence[Entry], headroom: int) -> bool:
+        """Lease entries if that takes no move and leaves `headroom` bytes free of leases: the short way of `acquire`.
 
-        It fetches nothing ahead; call `pump` when the lease is given back.
+        It fetches nothing ahead; call `pump` when the leases are given back.
         """
-        if entry.busy or 0 not in entry.tiers:
+        fresh = self._fresh_bytes(entries)
+        if fresh is None:
             return False
         self.catch_up()
-        if entry.leases == 0:
-            if not self._leaves(headroom, entry.nbytes):
-                return False
-            self.leased_bytes += entry.nbytes
-        entry.leases += 1
-        me = threading.get_ident()
-        self._held[me] = self._held.get(me, 0) + entry.nbytes
-        self.counters.hits += 1
-        self.tiers[0].policy.access(entry.key)
+        if not self._leaves(headroom, fresh):
+            return False
+        self._lease(entries)
+        self.counters.hits += len(entries)
+        if len(entries) > 1:
+            self._together(entries)
+            self._tell(entries)
+        else:
+            self.tiers[0].policy.access(entries[0].key)
         self.engine.computing()
-        if entry.ready is not None:
-            self._wait_until_ready((entry,))
+        self._wait_until_ready(entries)
         return True
+
+    @staticmethod
+    def _fresh_bytes(entries: Sequence[Entry]) -> int | None:
+        """Return the bytes of those that have no lease yet; None if any of them is not resident, or about to leave."""
+        fresh = 0
+        for entry in entries:
+            if entry.busy or 0 not in entry.tiers:
+                return None
+            if not entry.leases:
+                fresh += entry.nbytes
+        return fresh
 
     def lease_unnoticed(self, entries: Sequence[Entry]) -> bool:
         """Lease entries if that takes no move; the policy is not told, since so small a use is no reason for them to stay."""
-        fresh = sum(entry.nbytes for entry in entries if entry.leases == 0)
-        if any(entry.busy or not entry.resident for entry in entries) or not self._leaves(0, fresh):
+        fresh = self._fresh_bytes(entries)
+        if fresh is None or not self._leaves(0, fresh):
             return False
         self._lease(entries)
         self.counters.hits += len(entries)
@@ -90,16 +102,15 @@ class Leasing(Flights):
     def _try_acquire(self, wanted: list[Entry], headroom: int, *, passing: bool) -> bool:
         if any(entry.busy for entry in wanted):
             return False
+        self.check_open()
         for entry in wanted:
-            if self.entry(entry.key) is not entry:
-                raise MissingKeyError(f"{entry.key!r} was deleted, and another value put, while this thread waited for it")
+            if self.entries.get(entry.key) is not entry or not entry.tiers:
+                raise MissingKeyError(f"{entry.key!r} was deleted, or another value put, while this thread waited for it")
         self.catch_up()
-        if not self._leaves(headroom, sum(entry.nbytes for entry in wanted if entry.leases == 0)):
+        if not self._leaves(headroom, sum([entry.nbytes for entry in wanted if entry.leases == 0])):
             return False
         missing = [entry for entry in wanted if 0 not in entry.tiers]
-        policy = self.tiers[0].policy
-        if len(wanted) > 1 and isinstance(policy, Foresight):
-            policy.together([entry.key for entry in wanted])
+        self._together(wanted)
         self._lease(wanted, passing=passing)
         if not missing:
             self._tell(wanted)
@@ -159,7 +170,7 @@ class Leasing(Flights):
             self._tell(wanted)
             self.pump()
             while not all(flight.done for flight in flights):
-                self.engine.wait(self.lock)
+                self.pause()
             for flight in flights:
                 if flight.error is not None:
                     raise flight.error
@@ -183,7 +194,12 @@ class Leasing(Flights):
         self.counters.misses += missed
         self.counters.hits += len(wanted) - missed
 
-    def _tell(self, used: list[Entry]) -> None:
+    def _together(self, used: Sequence[Entry]) -> None:
+        policy = self.tiers[0].policy
+        if len(used) > 1 and isinstance(policy, Foresight):
+            policy.together([entry.key for entry in used])
+
+    def _tell(self, used: Sequence[Entry]) -> None:
         """Tell the policy of uses, in an order that does not depend on what is missing; all of it is in the tier or on its way.
 
         What has landed and gone wrong meanwhile is left out.

@@ -44,6 +44,7 @@ class Residency:
         self.handed_out = 0
         self.noted: deque[str] = deque()
         self._held: dict[int, int] = {}  # thread -> bytes it leased; kept by `Leasing`
+        self._paused = 0  # threads that wait for something to change
         self._waiting: set[int] = set()
         self._busy = 0
 
@@ -54,7 +55,7 @@ class Residency:
         """
         self.check_open()
         while (entry := self.entries.get(key)) is not None and not entry.tiers and entry.busy:
-            self.engine.wait(self.lock)
+            self.pause()
             self.check_open()
         if entry is None or not entry.tiers:
             raise MissingKeyError(f"no entry is called {key!r}")
@@ -63,7 +64,7 @@ class Residency:
     def idle_entry(self, key: str) -> Entry:
         """Return the entry of `key` once no thread moves it, or is about to."""
         while self.moving(entry := self.entry(key)):
-            self.engine.wait(self.lock)
+            self.pause()
         return entry
 
     @staticmethod
@@ -82,7 +83,7 @@ class Residency:
         self.closed = True
         self.wake()
         while self._busy:
-            self.engine.wait(self.lock)
+            self.pause()
         for entry in self.entries.values():  # or their memory would be taken for as long as somebody has the closed store
             self._let_go(entry)
         return True
@@ -147,7 +148,7 @@ class Residency:
 
     def _cached(self, entry: Entry, level: int, below: int) -> bool:
         """Move a copy to a tier above the distant one at `below` that backs it; False if it is nearer, or none takes it."""
-        if not self.tiers[below].distant or below == level + 1:
+        if below == level + 1 or not self.tiers[below].distant:
             return False
         try:
             return self._demote(entry, level, below)
@@ -336,7 +337,7 @@ class Residency:
 
     def wait_until_idle(self, entry: Entry) -> None:
         while entry.busy:
-            self.engine.wait(self.lock)
+            self.pause()
 
     def wait_for_others(self, error: Callable[[], BudgetError]) -> None:
         """Wait until another thread gives up room, a busy mark or a lease; raise `error()` if none of them ever will."""
@@ -345,11 +346,20 @@ class Residency:
         try:
             if self._busy == 0 and self._held.keys() <= self._waiting:
                 raise error()
-            self.engine.wait(self.lock)
+            self.pause()
         finally:
             self._waiting.discard(me)
 
+    def pause(self) -> None:
+        """Release the lock until something may have changed, and take it again."""
+        self._paused += 1
+        try:
+            self.engine.wait(self.lock)
+        finally:
+            self._paused -= 1
+
     def wake(self) -> None:
         """Let every waiting thread look again. Until it has, it does not count as waiting in vain."""
-        self._waiting.clear()
-        self.lock.notify_all()
+        if self._paused:
+            self._waiting.clear()
+            self.lock.notify_all()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 import torch
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
@@ -16,15 +15,19 @@ def observed() -> bool:
     return is_compiling() or _get_tracing_state() is not None or peek_interpreter_stack() is not None or _len_torch_dispatch_stack() > 0
 
 
-@contextmanager
-def shielded() -> Iterator[None]:
+class shielded:  # noqa: N801  (read like the function that it would be, if each copy did not pass through it)
     """Run without the caller's dispatch modes (a compiler's fake tensors, a FLOP counter) and outside a TorchScript trace."""
-    state = torch._C._get_tracing_state()
-    if state is not None:
-        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-    try:
-        with torch._C._DisableTorchDispatch():
-            yield
-    finally:
-        if state is not None:
-            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+    __slots__ = ("_modes", "_trace")
+
+    def __enter__(self) -> None:
+        self._trace = _get_tracing_state()
+        if self._trace is not None:
+            torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        self._modes = torch._C._DisableTorchDispatch()
+        self._modes.__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._modes.__exit__(kind, error, trace)
+        if self._trace is not None:
+            torch._C._set_tracing_state(self._trace)  # type: ignore[attr-defined]

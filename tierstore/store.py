@@ -20,6 +20,7 @@ from tierstore.picture import draw
 from tierstore.planning.names import policy_factory
 from tierstore.planning.plan import Plan
 from tierstore.planning.policy import Foresight, PolicyFactory
+from tierstore.planning.schedule import FROM_FILES, TO_DEVICE
 from tierstore.sizes import Size, parse_size
 from tierstore.spec import TensorSpec
 from tierstore.stats import Stats, TierStats
@@ -44,7 +45,8 @@ class TieredStore:
         if len(set(names)) < len(names):
             raise TierStoreError(f"tier names must differ, got {names}")
         check_order(tiers)
-        make_policy, engine = policy_factory(policy), engine_for(tiers[0].backend) if engine is None else engine
+        engine = engine_for(tiers[0].backend) if engine is None else engine
+        make_policy = policy_factory(policy, cost=FROM_FILES if engine.computes_now else TO_DEVICE)
         for tier in tiers:
             tier.policy = make_policy()
             if isinstance(tier.policy, Foresight):
@@ -332,7 +334,7 @@ class TieredStore:
                     return
                 flight = self._moves.fetch(entry) if self._moves.entries.get(entry.key) is entry else None
                 while flight is not None and not flight.done:
-                    self._moves.engine.wait(self._lock)
+                    self._moves.pause()
                 if flight is not None and flight.error is not None:
                     raise flight.error
 

@@ -57,7 +57,7 @@ class Moves(Leasing):
             if entry is None:
                 entry = self.entries[key] = Entry(key, spec)
             elif self.moving(entry):
-                self.engine.wait(self.lock)
+                self.pause()
                 continue
             if entry.leases and entry.spec != spec:
                 raise TierStoreError(f"{key!r} is leased as {entry.spec}; a value of another shape or dtype can be put after the lease")
@@ -138,7 +138,7 @@ class Moves(Leasing):
                 flights += [flight] if flight is not None else []
         finally:
             while not all(flight.done for flight in flights):
-                self.engine.wait(self.lock)
+                self.pause()
         for flight in flights:
             if flight.error is not None:
                 raise flight.error
@@ -150,7 +150,7 @@ class Moves(Leasing):
         """Start to copy an entry home, if it is not there, as soon as few enough are on their way and there is room."""
         while True:
             while self._busy_flushing():
-                self.engine.wait(self.lock)
+                self.pause()
             self.wait_until_idle(entry)
             self.refresh(entry)
             if self.entries.get(entry.key) is not entry or max(entry.tiers) >= self.home:
@@ -160,7 +160,7 @@ class Moves(Leasing):
                 return flight
             if not self.flying_to(self.home):  # whose bytes may turn out to be fewer than what was reserved for them
                 raise self.no_room(f"flushing {entry.key!r}", entry.nbytes, self.home)
-            self.engine.wait(self.lock)
+            self.pause()
 
     def _busy_flushing(self) -> bool:
         """True while no more should be on its way home; what is encoded first takes memory beside the value."""

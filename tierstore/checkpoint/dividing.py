@@ -37,9 +37,10 @@ def _presented(source: SourceBackend, recipes: Mapping[str, Recipe], fast: Tier)
     """Return how `source` presents values to the store of `fast`, by their names, and the pieces of those that are divided."""
     values = {name: StoredValue(recipe.spec, (name,)) for name, recipe in recipes.items()}
     budget, backend = fast.ledger.budget, fast.backend
-    if not isinstance(backend, DivisibleBackend) or budget is None or sum(recipe.spec.nbytes for recipe in recipes.values()) <= budget:
+    total = sum(recipe.spec.nbytes for recipe in recipes.values())
+    if not isinstance(backend, DivisibleBackend) or budget is None or total <= budget:
         return values, {}
-    size = piece_bytes(backend, budget)
+    size = piece_bytes(backend, budget, total)
     parts: dict[str, Recipe] = {}
     for name, recipe in recipes.items():
         phase = phase_of(source, name)

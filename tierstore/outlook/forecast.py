@@ -17,8 +17,8 @@ from tierstore.patch.attach import SHARE_OF_SMALL, SMALL
 from tierstore.patch.room import check_largest, smallest
 from tierstore.pieces import parts_per_piece
 from tierstore.planning.cycle import Cycle
-from tierstore.planning.plan import Plan, plan
-from tierstore.planning.schedule import FIXED_BYTES
+from tierstore.planning.plan import Cost, Plan, plan
+from tierstore.planning.schedule import FROM_FILES, TO_DEVICE
 
 DISK = "disk"
 
@@ -102,9 +102,10 @@ def forecast(weights: Weights, rooms: Rooms, speeds: Speeds) -> Forecast:
     budget = next(iter(rooms.nbytes.values()))
     held = {weight.name: weight.nbytes for weight in _held(weights, budget)}
     trace = [name for name in weights.trace if name not in held]
-    divided = parts_per_piece(weights.part_bytes, budget) if rooms.divided and weights.nbytes > budget else None
+    divided = parts_per_piece(weights.part_bytes, budget, weights.nbytes) if rooms.divided and weights.nbytes > budget else None
     parts = {name: _pieces(weight, divided) for name, weight in weights.by_name.items()}
-    made = _plan(trace, parts, [budget - sum(held.values()), *list(rooms.nbytes.values())[1:], None], speeds)
+    cost = FROM_FILES if rooms.divided else TO_DEVICE
+    made = _plan(trace, parts, [budget - sum(held.values()), *list(rooms.nbytes.values())[1:], None], speeds, cost)
     links = {link: _use(level, made, parts, rooms, speeds) for level, link in enumerate(rooms.links)}
     computing = None if speeds.computing is None else sum(weights.by_name[name].nbytes for name in weights.trace) / speeds.computing
     known = {link: use.seconds for link, use in links.items() if use.seconds is not None}
@@ -149,13 +150,13 @@ def _pieces(weight: Weight, parts: int | None) -> tuple[Part, ...]:
     return weight.whole if parts is None else weight.pieces(parts)
 
 
-def _plan(trace: Sequence[str], parts: Mapping[str, Sequence[Part]], budgets: list[int | None], speeds: Speeds) -> Plan:
+def _plan(trace: Sequence[str], parts: Mapping[str, Sequence[Part]], budgets: list[int | None], speeds: Speeds, cost: Cost) -> Plan:
     """Make the plan that the store would make of this order."""
     sizes = {part.key: part.nbytes for some in parts.values() for part in some}
     together = {part.key: name for name, some in parts.items() if len(some) > 1 for part in some}
     keys = [part.key for name in trace for part in parts[name]]
     durations = [sizes[key] / (speeds.computing or 1e9) for key in keys]
-    return plan(keys, sizes, budgets, durations, fixed_bytes=FIXED_BYTES, together=together)
+    return plan(keys, sizes, budgets, durations, cost=cost, together=together)
 
 
 def _use(level: int, made: Plan, parts: Mapping[str, Sequence[Part]], rooms: Rooms, speeds: Speeds) -> LinkUse:

@@ -83,8 +83,8 @@ class Attachment(StoreHost):
 
     def _take(self, regions: list[Region], modules: Iterable[torch.nn.Module], progress: Progress) -> None:
         budget = self.moves.tiers[0].ledger.limit
-        total = sum(region.spec.nbytes for region in (*self._regions, *regions))
-        if self.holds_all and budget is not None and total > budget:
+        self.total = sum(region.spec.nbytes for region in (*self._regions, *regions))
+        if self.holds_all and budget is not None and self.total > budget:
             self.holds_all = False
             self.release_held()
         self.headroom = max(self.headroom, largest_owner((*self._held, *regions)))

@@ -29,13 +29,14 @@ from tierstore.writing import Moves
 class StoreHost(Host):
     """A `Host` over one store, computing on `device`.
 
-    `headroom` is the largest number of bytes that one operation has needed or may need at once.
+    `headroom` is the largest number of bytes that one operation has needed or may need at once, `total` that of all values.
     """
 
     def __init__(self, store: TieredStore, device: torch.device) -> None:
         self.store = store
         self.device = device
         self.headroom = 0
+        self.total = 0
         self.pressure = Pressure(store.moves, allocated_bytes(device), partial(release_cached, device), self._needed)
         self._sources: weakref.WeakSet[StoredSource] = weakref.WeakSet()
         self._unused_keys: deque[str] = deque()
@@ -71,7 +72,7 @@ class StoreHost(Host):
     def _adopt_pieces(self, name: str, tensor: torch.Tensor, spec: TensorSpec, backend: DivisibleBackend) -> DividedSource:
         """Put a value into the store in pieces, which come and go by themselves and lie side by side where all are resident."""
         memory, raw = backend.reserve(spec.nbytes), raw_bytes(storable(tensor))
-        size = piece_bytes(backend, self.moves.tiers[0].ledger.budget)
+        size = piece_bytes(backend, self.moves.tiers[0].ledger.budget, self.total)
         starts = range(0, spec.nbytes, size)
         parts = {f"{name}[{number}]": raw[start : start + size] for number, start in enumerate(starts)}
         backend.place(memory, {key: part.nbytes for key, part in parts.items()})
@@ -136,7 +137,7 @@ class StoreHost(Host):
     def _lease(self, entries: list[Entry], operation: object) -> None:
         moves = self.moves
         with moves.lock:
-            if len(entries) == 1 and moves.lease_resident(entries[0], 0):
+            if len(entries) == 1 and moves.lease_resident(entries, 0):
                 moves.pump()  # not when the lease ends: who ends it still refers to what has to leave
             else:
                 moves.acquire(entries, operation)

@@ -49,7 +49,7 @@ def look_up(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.T
 
 def may_be_looked_up(source: StoredSource) -> bool:
     """True for a large value, unless all of it was needed for something before."""
-    return source.spec.nbytes >= LARGE and any(entry.looked_up is not False for entry in source.stored)
+    return any(entry.looked_up is not False for entry in source.stored) and source.spec.nbytes >= LARGE
 
 
 def _arguments(func: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:

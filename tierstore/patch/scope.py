@@ -99,11 +99,12 @@ class Scope:
 class Frame:
     """The leases of one call, and what was handed out under them; and its buffers."""
 
-    __slots__ = ("_plain", "_room", "_sources", "copies")
+    __slots__ = ("_moves", "_plain", "_room", "_sources", "copies")
 
     def __init__(self, room: Room) -> None:
         self.copies = BufferCopies()
         self._room = room
+        self._moves = room.moves
         self._plain: dict[int, ResidentParameter] = {}  # by the id of the TieredTensor
         self._sources: list[StoredSource] = []  # in the same order
 
@@ -118,9 +119,7 @@ class Frame:
         source = self._source_behind(value)
         if source is None or may_be_looked_up(source):
             return value  # what is done with it may need a few rows only, which is no reason to keep it
-        room = self._room
-        moves = room.moves
-        with moves.lock:
+        with self._moves.lock:
             if not self._lease(source):
                 return value
             plain = self._show(source, value)
@@ -130,8 +129,8 @@ class Frame:
 
     def _lease(self, source: StoredSource) -> bool:
         """Lease what holds a value; False if that cannot be now. Whoever meets the TieredTensor instead makes room in memory for it."""
-        moves, headroom, entries = self._room.moves, self._room.headroom, source.stored
-        if len(entries) == 1 and moves.lease_resident(entries[0], headroom):
+        moves, headroom, entries = self._moves, self._room.headroom, source.stored
+        if moves.lease_resident(entries, headroom):
             return True
         try:
             return moves.acquire(entries, "a module scope", headroom=headroom, wait=False)
@@ -145,7 +144,7 @@ class Frame:
             source = self._source_behind(value)
             if source is None or len(source.stored) > 1:
                 continue
-            if self._room.moves.lease_resident(source.stored[0], self._room.headroom):
+            if self._moves.lease_resident(source.stored, self._room.headroom):
                 self._show(source, value)
 
     def _source_behind(self, value: TieredTensor) -> StoredSource | None:
@@ -161,7 +160,10 @@ class Frame:
         kept = handout.stands_for(value) if isinstance(handout, ReadableParameter) else None
         if kept is None:
             for entry in source.stored:
-                self._room.moves.withdraw(entry)
+                if entry.handout is None:
+                    self._moves.refresh(entry)
+                else:
+                    self._moves.withdraw(entry)
         plain = self._plain[id(value)] = resident_parameter(source, value) if kept is None else kept
         self._sources.append(source)
         return plain
@@ -176,7 +178,7 @@ class Frame:
     def _give_back(self) -> None:
         if not self._sources:
             return
-        moves = self._room.moves
+        moves = self._moves
         with moves.lock:
             for source, identity in zip(self._sources, list(self._plain), strict=True):
                 for entry in source.stored:
@@ -191,7 +193,7 @@ class Frame:
 
         What is streamed is used once, and then keeping it would only scatter small objects over the heap.
         """
-        moves, entries = self._room.moves, handout.entries
+        moves, entries = self._moves, handout.entries
         again = all(entry.shown for entry in entries)
         for entry in entries:
             entry.shown = True

@@ -10,10 +10,22 @@ from tierstore.errors import BudgetError
 from tierstore.planning.cycle import Cycle
 
 _GIANTS = 8  # how many of the largest sizes are tried as "always resident"
-_STEPS_TO_DOUBLE = 4  # of worth
-_AHEAD = 128  # times what a transfer costs on top of its bytes, so that this is little beside them
+_STEPS_TO_DOUBLE = 8  # of worth
 _AHEAD_SHARE = 8  # one of so many parts of a budget may be on its way
 _ROUNDS = 6  # what stays changes the ring, and that changes how much can stay
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What transfers take on top of their bytes.
+
+    `fixed_bytes`: what each of them does, expressed in bytes; it lets small entries stay, and large ones stream.
+    `ahead_bytes`: how much has to be on its way for a link to be busy; a ring has room for them, where they are no more than an
+    eighth of the budget.
+    """
+
+    fixed_bytes: int = 0
+    ahead_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +53,15 @@ def plan(
     durations: Sequence[float] | None = None,
     bandwidths: Sequence[float] | None = None,
     *,
-    fixed_bytes: int = 0,
+    cost: Cost = Cost(),
     together: Mapping[str, str] | None = None,
 ) -> Plan:
     """Plan one repetition of `trace` (keys in order of use; it starts again where it ends).
 
     `sizes` in bytes. `budgets`: bytes for these keys in each tier, fastest first (None: no limit); the last tier holds all of
     them. `durations`: seconds of computing after each access, by default in proportion to the bytes. `bandwidths`: bytes per
-    second into each tier but the last, from the one below. `fixed_bytes`: what one transfer costs on top of its bytes,
-    expressed in bytes; it lets small entries stay, and large ones stream, and the ring has room for many times as much to be
-    on its way, since a link needs several requests to be busy (where that is no more than an eighth of the budget).
-    `together`: keys that are used at once, such as the pieces of one value, have the same value in it.
+    second into each tier but the last, from the one below. `cost`: of transfers, beside their bytes. `together`: keys that
+    are used at once, such as the pieces of one value, have the same value in it.
 
     Each tier keeps what is used most often per byte, spread evenly over the trace among equals, so that what streams has
     computing to hide behind (DESIGN: spread; Cao, Felten, Karlin and Li 1995 for the order of fetches). Tiers are exclusive:
@@ -65,8 +75,8 @@ def plan(
     last = len(budgets) - 1
     for level in range(last):
         slots = 2 if level == 0 else 3  # two links in a row jostle each other: one slot more between them keeps both busy
-        ahead = min(_AHEAD * fixed_bytes, (budgets[level] or 0) // _AHEAD_SHARE)
-        chosen, slots = _Choice(cycle, budgets[level], fixed_bytes, slots, ahead).best()
+        ahead = min(cost.ahead_bytes, (budgets[level] or 0) // _AHEAD_SHARE)
+        chosen, slots = _Choice(cycle, budgets[level], cost.fixed_bytes, slots, ahead).best()
         rest |= dict.fromkeys(chosen, level)
         rings.append(cycle.ring(chosen, slots, ahead))
         cycle = cycle.without(chosen)
@@ -177,7 +187,7 @@ class _Choice:
         return chosen
 
     def _by_worth(self, forced: frozenset[str]) -> list[set[str]]:
-        """Return groups of keys, first those of which a byte saves most; what differs by less than a fifth is in one group."""
+        """Return groups of keys, first those of which a byte saves most; what differs by less than a tenth is in one group."""
         groups: dict[int, set[str]] = {}
         for key in self.keys:
             if key not in forced:

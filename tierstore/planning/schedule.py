@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from tierstore.planning.cycle import Cycle
-from tierstore.planning.plan import Plan, plan
+from tierstore.planning.plan import Cost, Plan, plan
 from tierstore.planning.policy import PolicyFactory
 from tierstore.planning.predictor import Predictor
 from tierstore.planning.shadow import Shadowed
@@ -18,7 +18,9 @@ _BETTER = 0.98  # a new plan replaces one that moves at least this much less
 _REFINEMENTS = 2  # repetitions after which a plan is compared with one that knows more of how long is computed where
 _WORTH = 0.03  # of the time of computing that a plan with another spread must save
 _GROWTH = 1.25  # by which a duration may grow from one time to the next: what disturbs a program makes it slower, never faster
-FIXED_BYTES = 512 << 10  # what a transfer costs on top of its bytes: 0.2 ms at 2.5 GB/s from a disk, or 10 us at 50 GB/s
+
+FROM_FILES = Cost(2 << 20, 16 << 20)  # threads read a disk for a CPU that computes: see the note in `transfer.reader`
+TO_DEVICE = Cost(512 << 10, 64 << 20)  # 10 us at 50 GB/s; while the device computes, the host runs ahead
 
 
 class Follower(Protocol):
@@ -41,7 +43,7 @@ class Schedule:
     `online` makes the policy for whatever no plan speaks of.
     """
 
-    def __init__(self, fixed_bytes: int = FIXED_BYTES, online: PolicyFactory = Shadowed) -> None:
+    def __init__(self, cost: Cost = FROM_FILES, online: PolicyFactory = Shadowed) -> None:
         self.online = online
         self.predictor = Predictor()
         self.predictor.on_trim = self._trimmed
@@ -55,7 +57,7 @@ class Schedule:
         self.now: Callable[[], float] = lambda: 0.0
         self.waited = 0.0
         self._last: tuple[str, float] | None = None  # which key was used, and when
-        self._fixed_bytes = fixed_bytes
+        self.cost = cost
         self._considered: int | None = None  # the period for which a plan was made last
         self._guessed = False  # the plan at hand was made of what was foretold
         self._settling = 0  # uses until a repetition is over in which the tier was still full of what stayed by another plan
@@ -223,7 +225,7 @@ class Schedule:
         return self._plan(cycle, budgets).link_bytes[level]
 
     def _plan(self, cycle: list[str], budgets: list[int | None]) -> Plan:
-        return plan(cycle, self.sizes, budgets, self._seconds(cycle), fixed_bytes=self._fixed_bytes, together=self.together)
+        return plan(cycle, self.sizes, budgets, self._seconds(cycle), cost=self.cost, together=self.together)
 
     def _improves(self, new: Plan, cycle: list[str]) -> bool:
         """True if `new` moves clearly less than the plan at hand, or knows keys that it does not, for no more."""

@@ -164,10 +164,10 @@ class Watch:
             self._use(wanted, "is leased")
         return leased
 
-    def _lease_resident(self, entry: Entry, headroom: int) -> bool:
-        leased: bool = self._real["lease_resident"](entry, headroom)
+    def _lease_resident(self, entries: Sequence[Entry], headroom: int) -> bool:
+        leased: bool = self._real["lease_resident"](entries, headroom)
         if leased:
-            self._use([entry], "is leased")
+            self._use(list(entries), "is leased")
         return leased
 
     def _lease_unnoticed(self, entries: Sequence[Entry]) -> bool:
