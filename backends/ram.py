@@ -71,7 +71,8 @@ class RamBackend(DeviceBackend, DivisibleBackend):
             self._arena.limit(self._most - self._spans.held)
             tensor = super().allocate(key, spec, phase)
         else:
-            tensor = typed_view(self._spans.fill(place), spec)
+            memory = self._spans.fill(place)
+            tensor = memory if spec.is_bytes else typed_view(memory, spec)
         self._most = max(self._most, self._arena.live_bytes + self._spans.live)
         if self._arena.held_bytes + self._spans.held > self._most:
             self._arena.limit(self._most - self._spans.held)

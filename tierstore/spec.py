@@ -38,6 +38,11 @@ class TensorSpec:
         return self.extent * self.dtype.itemsize
 
     @property
+    def is_bytes(self) -> bool:
+        """True if a tensor of it is what `raw_bytes` would make of it; each operation of torch that is saved counts in a transfer."""
+        return self.dtype is torch.uint8 and self.stride == (1,)
+
+    @property
     def dense(self) -> bool:
         """True if the elements fill their extent exactly once (contiguous up to a permutation)."""
         numel = 1

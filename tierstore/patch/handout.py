@@ -79,6 +79,8 @@ def resident_parameter(source: StoredSource, value: TieredTensor) -> ResidentPar
 
 
 def _plain_over(tensor: torch.Tensor, *, requires_grad: bool) -> ResidentParameter:
+    if not torch.is_inference_mode_enabled():
+        return torch.Tensor._make_subclass(ResidentParameter, tensor, requires_grad)
     with torch.inference_mode(False):
         return torch.Tensor._make_subclass(ResidentParameter, tensor, requires_grad)
 

@@ -100,7 +100,7 @@ class _FileRead:
             return None
         phase = extent.offset % PAGE
         self._tensor = self._target.allocate(key, spec, phase if phase % spec.dtype.itemsize == 0 else 0)
-        return extent, raw_bytes(self._tensor)
+        return extent, self._tensor if spec.is_bytes else raw_bytes(self._tensor)
 
     def landed(self, error: BaseException | None) -> None:
         tensor, self._tensor = self._tensor, None
