@@ -41,9 +41,9 @@ class RamBackend(DeviceBackend, DivisibleBackend):
         return memory
 
     def place(self, memory: torch.Tensor, pieces: Mapping[str, int]) -> None:
-        start = 0
+        start, array = 0, memory.numpy()  # one for all: each of them is a tensor that refers to the memory, and these are counted
         for key, nbytes in pieces.items():
-            self._places[key] = Place(memory.numpy(), start, nbytes)
+            self._places[key] = Place(array, start, nbytes)
             start += nbytes
         self._pieces[memory.data_ptr()] = list(pieces)
 

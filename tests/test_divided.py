@@ -13,10 +13,11 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from safetensors.torch import save_file
 from torch import nn
 
 from tests.plainly import nbytes, nothing_leased, restored, within_budget
-from tierstore import FileExtent, Tier, TieredStore, open_backend, pieces, tiered
+from tierstore import FileExtent, Tier, TieredStore, on_meta, open_backend, pieces, tiered
 from tierstore.backends import _spans
 from tierstore.backends._spans import UNIT, Place, Spans, reserve
 from tierstore.backends._units import Units
@@ -289,6 +290,30 @@ def test_a_piece_is_as_large_as_what_may_be_on_its_way() -> None:
     """Smaller ones need more transfers and no smaller ring, larger ones a larger ring."""
     assert pieces._SHARE == planning._AHEAD_SHARE
     assert FROM_FILES.ahead_bytes == pieces._LARGEST
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_what_stays_is_handed_out_in_however_many_pieces_it_lies(scratch: Path, tmp_path: Path, checkpoint: bool) -> None:
+    """They count as one reference to the memory of the whole, or it would look as if somebody used it all the time."""
+    plain = nn.Sequential(*(nn.Linear(*width, bias=False) for width in ((1024, 1000), (1000, 1024)) * 4))
+    x, budget = torch.ones(1, 1024), int(nbytes(plain) * 0.8)
+    if checkpoint:
+        save_file(plain.state_dict(), tmp_path / "model.safetensors")
+        with on_meta():
+            model = nn.Sequential(*(nn.Linear(*width, bias=False) for width in ((1024, 1000), (1000, 1024)) * 4))
+        session = tiered(model, checkpoint=tmp_path / "model.safetensors", cpu=budget, device="cpu")
+    else:
+        model = copy.deepcopy(plain)
+        session = tiered(model, cpu=budget, disk=scratch, device="cpu")
+    with session:
+        for _ in range(8):
+            assert torch.equal(model(x), plain(x))
+        assert [len(source.stored) for source in sources(model)] == [2] * 8
+        kept = [dict.__getitem__(layer._parameters, "weight")._kept for layer in model]
+        assert sum(plain is not None for plain in kept) >= 2
+        assert session.store.moves.handed_out <= budget - 2 * (4 << 20)
 
 
 @torch.no_grad()
