@@ -41,7 +41,7 @@ class RamBackend(DeviceBackend, DivisibleBackend):
         return memory
 
     def place(self, memory: torch.Tensor, pieces: Mapping[str, int]) -> None:
-        start, array = 0, memory.numpy()  # one for all: each of them is a tensor that refers to the memory, and these are counted
+        start, array = 0, self._owners[memory.data_ptr()]  # not `memory.numpy()`, a tensor more of those that are counted
         for key, nbytes in pieces.items():
             self._places[key] = Place(array, start, nbytes)
             start += nbytes

