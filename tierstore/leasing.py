@@ -68,11 +68,8 @@ class Leasing(Flights):
             return False
         self._lease(entries)
         self.counters.hits += len(entries)
-        if len(entries) > 1:
-            self._together(entries)
-            self._tell(entries)
-        else:
-            self.tiers[0].policy.access(entries[0].key)
+        self._together(entries)
+        self._tell(entries)
         self.engine.computing()
         self._wait_until_ready(entries)
         return True
