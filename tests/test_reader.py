@@ -447,6 +447,7 @@ class Device:
     def __init__(self, *, direct: bool, together: int = 1, broken: int | None = None) -> None:
         self.direct = direct
         self.most = 0
+        self.order: list[int] = []
         self._broken = broken
         self._now = 0
         self._lock = threading.Lock()
@@ -462,6 +463,7 @@ class Device:
         with self._lock:
             self._now += 1
             self.most = max(self.most, self._now)
+            self.order.append(offset)
         self._meeting.wait(60)
         time.sleep(0.002)  # a read beside this one would be seen
         memory[:1] = bytes([offset % 251])
@@ -478,6 +480,20 @@ class Device:
 
     def keep(self) -> Callable[[], None]:
         raise NotImplementedError
+
+
+class Held:
+    """A `Device` whose reads begin only after an event."""
+
+    def __init__(self, device: Device, event: threading.Event) -> None:
+        self.direct, self.share, self.close = device.direct, device.share, device.close
+        self.read_cached, self.fileno, self.keep = device.read_cached, device.fileno, device.keep
+        self._device = device
+        self._event = event
+
+    def read(self, memory: memoryview, offset: int) -> None:
+        assert self._event.wait(60)
+        self._device.read(memory, offset)
 
 
 def read_all(device: Device, nbytes: int, count: int) -> dict[str, BaseException | None]:
@@ -499,6 +515,57 @@ def test_large_direct_reads_come_one_after_the_other(monkeypatch: pytest.MonkeyP
     errors = read_all(device, 1 << 10, 12)
     assert device.most == 1
     assert [name for name, error in errors.items() if error is not None] == ["3"]
+
+
+def test_a_device_goes_on_while_the_last_value_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is told of a value may take long, and has the next one read meanwhile."""
+    monkeypatch.setattr("tierstore.transfer.reader._LARGE", 1 << 10)
+    device, prepared, told, second = Device(direct=True), threading.Event(), threading.Event(), threading.Event()
+    outs = [torch.zeros(1 << 10, dtype=torch.uint8) for _ in range(2)]
+    reader = Reader(threads=2)
+
+    def first() -> tuple[FileExtent, torch.Tensor]:
+        return FileExtent("", 0, 1 << 10, Held(device, prepared)), outs[0]
+
+    def next_one() -> tuple[FileExtent, torch.Tensor]:
+        prepared.set()
+        return FileExtent("", 1, 1 << 10, Held(device, told)), outs[1]
+
+    def first_done(error: BaseException | None) -> None:
+        told.set()  # which the second read waits for
+        meanwhile.append(second.wait(10))
+
+    meanwhile = list[bool]()
+    reader.begin(first, first_done)
+    reader.begin(next_one, lambda error: second.set())
+    assert second.wait(60)
+    reader.close()
+    assert meanwhile == [True]
+    assert [int(out[0]) for out in outs] == [0, 1]
+
+
+def test_values_are_read_in_the_order_in_which_they_were_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of them is prepared first, among those that wait for the device."""
+    monkeypatch.setattr("tierstore.transfer.reader._LARGE", 1 << 10)
+    device, results = Device(direct=True), Results()
+    waiting, all_wait = threading.Barrier(3), threading.Event()
+    reader = Reader(threads=4)
+
+    def prepare(number: int) -> tuple[FileExtent, torch.Tensor]:
+        if number:
+            waiting.wait(60)  # so that all of the others are prepared at once, in any order
+        file = Held(device, all_wait) if number == 0 else device
+        return FileExtent("", number, 1 << 10, file), torch.zeros(1 << 10, dtype=torch.uint8)
+
+    for number in range(4):
+        reader.begin(lambda number=number: prepare(number), results.done(str(number)))  # type: ignore[misc]
+    deadline = time.monotonic() + 60
+    while len(reader._line._waiting) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    all_wait.set()
+    reader.close()
+    assert device.order == [0, 1, 2, 3]
+    assert set(results.errors.values()) == {None}
 
 
 @pytest.mark.parametrize("device", [Device(direct=False, together=4), Device(direct=True, together=4)], ids=["cached", "small"])

@@ -13,6 +13,7 @@ vain questions begin cost more than a file is worth that somebody else brings in
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import threading
@@ -20,8 +21,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Protocol
-
-import numpy as np
 
 from tierstore.errors import CorruptionError, StorageError
 from tierstore.file_system import FileSystem
@@ -166,7 +165,7 @@ class OpenFile:
 
     def _read_on(self, memory: memoryview, offset: int) -> int:
         """Read from the device at least one byte of what `memory` has room for, unless the file ends here."""
-        address = np.frombuffer(memory, np.uint8, 1).ctypes.data
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         to_border = -offset % PAGE
         if (address + to_border) % PAGE or len(memory) < to_border + PAGE:
             return self._read_buffered(memory, offset)

@@ -5,14 +5,17 @@ A device shares itself among the requests that it has. If several values are rea
 the one that is needed first comes as late as the one that is needed last, and then the device has nothing to do until the
 first has been used and has left. So what is read around the page cache is read one value after the other, in one request
 that the system takes apart: that keeps a device as busy as several (where the memory is in no cache of the processor), and
-wakes fewer threads. The next value is prepared meanwhile. Small ones, which alone do not keep it busy, wait for nobody.
+wakes fewer threads. The next value is prepared meanwhile, and when one has been read its thread goes on with that at once;
+to tell of what was read is left to another thread, since that takes longer than a device should stand idle. Small values,
+which alone do not keep it busy, wait for nobody.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from itertools import count, pairwise
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -20,7 +23,7 @@ import torch
 
 from tierstore.backend import FileExtent
 from tierstore.checksum import PIECE
-from tierstore.errors import BackendError, ClosedError
+from tierstore.errors import ClosedError
 from tierstore.open_file import PAGE, OpenFile, Readable
 
 _LARGE = 4 << 20  # bytes of which one request keeps a device busy
@@ -46,7 +49,8 @@ class Reader:
         self._threads: list[threading.Thread] = []
         self._queue: SimpleQueue[_Step | None] = SimpleQueue()
         self._closed = False
-        self._turn = threading.Lock()
+        self._numbers = count()
+        self._line = _Line()
 
     def submit(self, extent: FileExtent, out: torch.Tensor, done: Done) -> None:
         """Read the bytes of `extent` into `out`, a contiguous uint8 CPU tensor of just that size, and call `done` once.
@@ -69,24 +73,40 @@ class Reader:
         """
         with self._lock:
             self._check_open()
-            self._queue.put(_Beginning(self, prepare, done))
+            self._queue.put(_Beginning(self, next(self._numbers), prepare, done))
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this reader is closed; make a new one")
         self._start()
 
-    def share_out(self, job: _Job) -> list[_Request]:
-        """Leave parts of `job` to whichever thread is free; return those that this thread has to read."""
+    def share_out(self, job: _Job, number: int) -> list[_Request]:
+        """Leave parts of `job` to whichever thread is free; return those that this thread has to read, after what comes before."""
         if job.in_one_go:
-            return [_InTurn(job, self._turn)]
+            if self._line.join(number, job):
+                self._read_in_turn()
+            return []
         requests = _requests(job, self._request_bytes)
+        return requests[:1] if self._leave(requests[1:]) else requests
+
+    def _read_in_turn(self) -> None:
+        """Read one whole extent after the other until none is left."""
+        job = self._line.next()
+        while job is not None:
+            request = _Request(job, 0, job.extent.nbytes)
+            error = request.attempt()
+            job = self._line.next()
+            end = _End(request.job, error)
+            if job is None or not self._leave([end]):
+                end.serve()
+
+    def _leave(self, steps: Sequence[_Step]) -> bool:
+        """Leave steps to other threads; False if those are ending."""
         with self._lock:
-            if self._closed:  # the other threads are ending
-                return requests
-            for request in requests[1:]:
-                self._queue.put(request)
-        return requests[:1]
+            if not self._closed:
+                for step in steps:
+                    self._queue.put(step)
+            return not self._closed
 
     def close(self) -> None:
         """Wait until everything submitted has been read, and end the threads. Not to be called from a `done`."""
@@ -149,6 +169,30 @@ class _Job:
         self._done(self._error)
 
 
+class _Line:
+    """The extents that wait to be read one after the other, and whether a thread reads them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[int, _Job]] = []  # a heap
+        self._reading = False
+
+    def join(self, number: int, job: _Job) -> bool:
+        """Let `job` wait; True if nobody reads, and then the caller has to, until `next` returns None."""
+        with self._lock:
+            heappush(self._waiting, (number, job))
+            idle, self._reading = not self._reading, True
+            return idle
+
+    def next(self) -> _Job | None:
+        """Take the job of the lowest number."""
+        with self._lock:
+            if self._waiting:
+                return heappop(self._waiting)[1]
+            self._reading = False
+            return None
+
+
 class _Step(Protocol):
     """What a thread does at one go."""
 
@@ -158,8 +202,9 @@ class _Step(Protocol):
 class _Beginning:
     """An extent that nobody has looked for yet."""
 
-    def __init__(self, reader: Reader, prepare: Prepare, done: Done) -> None:
+    def __init__(self, reader: Reader, number: int, prepare: Prepare, done: Done) -> None:
         self._reader = reader
+        self._number = number
         self._prepare = prepare
         self._done = done
 
@@ -179,42 +224,39 @@ class _Beginning:
         if prepared is None:
             self._done(None)
             return []
-        return self._reader.share_out(_Job(*prepared, self._done))
+        return self._reader.share_out(_Job(*prepared, self._done), self._number)
 
 
 class _Request:
     """A part of an extent, read by one thread."""
 
     def __init__(self, job: _Job, start: int, stop: int) -> None:
-        self._job = job
+        self.job = job
         self._start = start
         self._stop = stop
 
     def serve(self) -> None:
-        error: BaseException | None = BackendError("reading ended without a result; see the reader thread's own error")
+        self.job.end(self.attempt())
+
+    def attempt(self) -> Exception | None:
+        """Read it; return what went wrong, whatever that is: a value that is never reported would be waited for for ever."""
         try:
-            self._read()
-            error = None
-        except OSError as failure:
+            self.job.read(self._start, self._stop)
+        except Exception as failure:  # noqa: BLE001  (handed to whoever waits for the value)
             # with its traceback it would keep this frame, and so the memory, until the garbage collector comes
-            error = failure.with_traceback(None)
-        finally:  # whatever happens: a value that is never reported would be waited for for ever
-            self._job.end(error)
-
-    def _read(self) -> None:
-        self._job.read(self._start, self._stop)
+            return failure.with_traceback(None)
+        return None
 
 
-class _InTurn(_Request):
-    """A whole extent, read while no other one is read so."""
+class _End:
+    """The end of a request that another thread has read."""
 
-    def __init__(self, job: _Job, turn: threading.Lock) -> None:
-        super().__init__(job, 0, job.extent.nbytes)
-        self._turn = turn
+    def __init__(self, job: _Job, error: Exception | None) -> None:
+        self._job = job
+        self._error = error
 
-    def _read(self) -> None:
-        with self._turn:
-            super()._read()
+    def serve(self) -> None:
+        self._job.end(self._error)
 
 
 def _check_memory(extent: FileExtent, out: torch.Tensor) -> None:
