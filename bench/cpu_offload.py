@@ -22,7 +22,8 @@ waits is stopped by a signal, so it cannot read ahead. In every round the disk i
 - mmap:             the plain model over a map of a safetensors file: what the page cache keeps.
 
 The bound of a row is the longer of the plain pass and of reading the bytes that cannot be there yet, the touched weights less
-the budget, at the speed of O_DIRECT reads measured in the same row. Cells are medians over rounds, divided by the bound.
+the budget, at the speed of O_DIRECT reads measured in the same row. Cells are medians over rounds, divided by the bound. "90 %
+sure" is where the median of ever so many rounds would be, each divided by the bound in that round, in nine cases of ten.
 """
 
 from __future__ import annotations

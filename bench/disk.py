@@ -24,7 +24,6 @@ each) and end in memory of the process.
 """
 
 import argparse
-import math
 import os
 import shutil
 import statistics
@@ -43,7 +42,7 @@ from disk_formats import Format, files_in, formats
 from disk_raw import MIB, REQUEST, SIZES, Raw, huge_slab, in_threads
 from rich.console import Console
 from rich.table import Table
-from turns import turned
+from turns import interval, turned
 
 from tierstore import Backend, Tier, TieredStore, open_backend
 from tierstore.backends._arena import Arena
@@ -54,7 +53,6 @@ from tierstore.transfer.reader import Reader
 IN_FLIGHT = 4  # values that are read at once
 THREADS = (1, 2, 4)
 PARTS = ("durable", "scratch", "reads", "warm")
-SURE = 1.645  # standard deviations on either side that leave out a tenth
 
 Act = Callable[[], object]
 
@@ -149,18 +147,6 @@ class Figures:
                 cells += [f"{statistics.median(ratios):.2f}", interval(ratios)]
             table.add_row(name, *cells)
         return table
-
-
-def interval(figures: list[float]) -> str:
-    """Say between which of the sorted `figures` the median of all that there could be is, in nine cases of ten.
-
-    How many are below it is a matter of tossing a coin for each (David and Nagaraja, Order Statistics, section 7.1), and fewer
-    than five tosses say nothing.
-    """
-    if len(figures) < 5:
-        return "-"
-    aside = max(0, math.floor((len(figures) - 1 - SURE * math.sqrt(len(figures))) / 2))
-    return f"{figures[aside]:.2f}-{figures[-1 - aside]:.2f}"
 
 
 def raw_name(threads: int) -> str:

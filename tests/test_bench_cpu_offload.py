@@ -88,6 +88,16 @@ def test_cells_are_medians_over_the_bound_and_say_what_went_wrong() -> None:
     assert "killed" in text
 
 
+def test_a_row_says_how_sure_its_figure_is() -> None:
+    """Each pass is compared with what set the bound in its own round: the disk here, and then the arithmetic."""
+    passes = {name: [{"seconds": factor * s} for s in (0.1, 0.2, 0.4, 0.8, 1.6)] for name, factor in (("plain", 1.0), ("tierstore", 2.0))}
+    assert row(passes=passes, raw=[1e10 / 2**n for n in range(5)]).sure("tierstore") == "1.00-1.00"
+    assert row(passes=passes, raw=[1e12] * 5).sure("tierstore") == "2.00-2.00"
+    assert row(passes=passes, raw=[1e9] * 4 + [4e9]).sure("tierstore") == "0.10-6.40"
+    assert row(passes=passes | {"tierstore": passes["tierstore"][:4]}, raw=[1e12] * 5).sure("tierstore") == "-", "it died"
+    assert row().sure("tierstore") == "-", "three rounds say nothing"
+
+
 def test_a_row_says_when_the_machine_was_not_quiet() -> None:
     assert "0.100 to 0.900 s" in row().disturbance
     assert not row(passes={"plain": [{"seconds": 0.10}, {"seconds": 0.11}]}).disturbance
