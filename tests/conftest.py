@@ -22,6 +22,9 @@ def no_thread_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     left = [t for t in threading.enumerate() if t not in before and t.name.startswith("tierstore")]
+    for thread in left:
+        thread.join(10)  # those of a pool that was collected end by themselves, but not at once
+    left = [t for t in left if t.is_alive()]
     assert not left, f"threads left behind: {left}"
 
 
